@@ -1,0 +1,63 @@
+"""Loading what a run has trained, for ``lwm generate`` and ``lwm eval``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lwm_core.checkpoint import TRAINER, latest_good, read_state
+from lwm_core.errors import CheckpointError
+from lwm_core.pipeline import Pipeline, build
+from lwm_core.protocols import Stage, Trainer
+from lwm_core.registry import Registry
+from lwm_core.run.folder import RunFolder, open_run
+from lwm_core.weights import CONFIG_FILE, read_model_folder
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A trained model in its trainer.
+
+    Args:
+        folder: the run's.
+        pipeline: its parts.
+        trainer: holds the parameters, at the stage's RoPE.
+        stage: the stage that they come from.
+        source: the folder that was read.
+    """
+
+    folder: RunFolder
+    pipeline: Pipeline
+    trainer: Trainer
+    stage: Stage
+    source: Path
+
+
+def reopen(path: Path, *, no_plugins: bool = False) -> Reopened:
+    """The run's final model; while it has none, its newest good checkpoint.
+
+    Raises:
+        UsageError: it is no run.
+        CheckpointError: it has trained nothing yet, or nothing of it is good.
+    """
+    folder, loaded, described = open_run(path)
+    config = loaded.config
+    registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
+    pipeline = build(loaded, registry, base_dir=Path(described.get("base_dir", ".")))
+    if (folder.model / CONFIG_FILE).is_file():
+        model = read_model_folder(folder.model)
+        trainer = pipeline.make_trainer()
+        stage = pipeline.stages[-1]
+        trainer.begin_stage(stage)
+        trainer.load_parameters(model.parameters)
+        return Reopened(folder, pipeline, trainer, stage, folder.model)
+    found = latest_good(folder.checkpoints)
+    if found.path is None:
+        refused = "".join(f"; {one.name}: {reason}" for one, reason in found.refused)
+        raise CheckpointError(f"{path} has neither a final model nor a good checkpoint yet{refused}")
+    state = read_state(found.path)
+    trainer = pipeline.make_trainer()
+    stage = pipeline.stages[state.stage_index]
+    trainer.begin_stage(stage)
+    trainer.restore(found.path / TRAINER)
+    return Reopened(folder, pipeline, trainer, stage, found.path)

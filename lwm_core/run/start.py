@@ -1,0 +1,235 @@
+"""Starting a run in a new folder, and continuing one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lwm_core import metrics
+from lwm_core.checkpoint import Found, RunState, disk_full, latest_good, read_state
+from lwm_core.config.load import LoadedConfig
+from lwm_core.errors import CheckpointError, LwmError
+from lwm_core.pipeline import Pipeline, build
+from lwm_core.pipeline.build import trainer_facts
+from lwm_core.progress import Progress, QuietProgress
+from lwm_core.protocols import EvalSuite, Feed, Trainer
+from lwm_core.registry import Candidate, HookManager, Registry, load_hooks
+from lwm_core.run.evaluating import Evaluator, export_model, write_samples
+from lwm_core.run.facts import describe_run
+from lwm_core.run.folder import DONE, FAILED, RUNNING, STOPPED, Run, RunFolder, open_run
+from lwm_core.run.loop import Loop, open_feeds
+from lwm_core.run.stopping import StoppedError, signals_heard
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        folder: where it lies.
+        status: ``done``; a run that fails or is stopped raises instead.
+        steps: steps done in the whole run.
+        loss: the last step's.
+        report: the report that a plugin has written; None where there is none.
+        already: it was finished before.
+    """
+
+    folder: Path
+    status: str
+    steps: int
+    loss: float | None
+    report: Path | None
+    already: bool = False
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is made and checked before anything is written."""
+
+    pipeline: Pipeline
+    trainer: Trainer
+    facts: dict[str, Any]
+    peak_flops: float | None
+    feeds: list[Feed]
+    suites: dict[str, EvalSuite]
+    evaluator_data: Any
+    hooks: HookManager
+
+
+def run(
+    loaded: LoadedConfig,
+    out: Path | None = None,
+    *,
+    registry: Registry | None = None,
+    no_plugins: bool = False,
+    progress: Progress | None = None,
+    command: Sequence[str] = (),
+    base_dir: Path = Path("."),
+) -> Outcome:
+    """Run a configuration from its beginning in the folder ``out`` (default: ``run.out``, or ``runs/NAME``).
+
+    Everything is checked before anything is written.
+
+    Raises:
+        UsageError: the folder is in use or not empty.
+        LwmError: as its kind says.
+        StoppedError: a signal asked for an end; the run is saved.
+    """
+    config = loaded.config
+    folder = RunFolder(out or Path(config.run.out or f"runs/{config.name}"))
+    folder.refuse_if_used()
+    progress = progress or QuietProgress()
+    if registry is None:
+        registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
+    parts = _make(loaded, registry, base_dir, progress)
+    described = describe_run(parts.pipeline, parts.facts, _hook_candidates(registry, parts.hooks), command)
+    with folder.locked():
+        folder.refuse_if_used()
+        folder.write(described)
+        return _execute(parts, folder, None, None, progress)
+
+
+def resume(path: Path, *, no_plugins: bool = False, progress: Progress | None = None) -> Outcome:
+    """Continue the run in ``path`` from its newest good checkpoint.
+
+    Raises:
+        UsageError: it is no run, or another process is running it.
+        CheckpointError: there are checkpoints but none is good, or the run's model is not what it was.
+        LwmError, StoppedError: as :func:`run`.
+    """
+    folder, loaded, described = open_run(path)
+    progress = progress or QuietProgress()
+    with folder.locked():
+        if described.get("status") == DONE:
+            rows = metrics.read_metrics(folder.metrics)
+            report = described.get("report")
+            return Outcome(
+                path, DONE, len(rows), rows[-1]["loss"] if rows else None, Path(report) if report else None, True
+            )  # fmt: skip
+        found = latest_good(folder.checkpoints)
+        _tell_refused(found, progress)
+        state = None
+        if found.path is not None:
+            state = read_state(found.path)
+            progress.note(f"continuing {path} from {found.path.name} (stage {state.stage!r}, step {state.stage_step})")
+        elif found.refused:
+            raise CheckpointError(
+                f"{path}: none of its checkpoints is good; move {folder.checkpoints} away to start the run over"
+            )
+        else:
+            progress.note(f"{path} has no checkpoint yet; starting it over")
+        config = loaded.config
+        registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
+        parts = _make(loaded, registry, Path(described.get("base_dir", ".")), progress)
+        _check_same(parts.pipeline, described, path)
+        lines = metrics.cut_after(folder.metrics, state.step if state else 0)
+        if state is not None and lines < state.step:
+            progress.note(f"warning: {folder.metrics} has {lines} lines, but {state.step} steps are done; some are lost")
+        folder.update(status=RUNNING)
+        return _execute(parts, folder, state, found.path, progress)
+
+
+def _make(loaded: LoadedConfig, registry: Registry, base_dir: Path, progress: Progress) -> _Parts:
+    hooks = load_hooks(registry)
+    hooks.check_pending()
+    pipeline = build(loaded, registry, select=hooks.select, base_dir=base_dir)
+    for one in pipeline.selection.plugged:
+        if one.asked == "auto":
+            progress.note(f"auto: {one.choice.explain()}")
+    trainer = pipeline.make_trainer()
+    facts, devices, peak = trainer_facts(trainer)
+    pipeline.check_stages(devices)
+    data = pipeline.make_data()
+    suites = pipeline.make_suites()
+    feeds = open_feeds(data, pipeline.stages)
+    hooks.configure(loaded.config)
+    return _Parts(pipeline, trainer, dict(facts), peak, feeds, suites, data, hooks)
+
+
+def _execute(
+    parts: _Parts, folder: RunFolder, state: RunState | None, checkpoint: Path | None, progress: Progress
+) -> Outcome:
+    """The run itself with everything around it: signals, hooks told, the end written down."""
+    pipeline, hooks = parts.pipeline, parts.hooks
+    run = Run(folder.path, pipeline.loaded.config.name, pipeline.loaded.config, pipeline.stages)
+    status = FAILED
+    began = time.time()
+    try:
+        with signals_heard(progress.note) as stop:
+            evaluator = Evaluator(
+                pipeline, parts.trainer, parts.evaluator_data, parts.suites, folder, progress, stop
+            )
+            loop = Loop(
+                pipeline, parts.trainer, parts.feeds, folder, run, hooks, evaluator, progress, stop, parts.peak_flops
+            )
+            hooks.hook.lwm_run_start(run=run)
+            loop.execute(state, checkpoint)
+            stop.check()
+            _finish(pipeline, parts.trainer, folder)
+        status = DONE
+        folder.update(status=DONE, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=time.time() - began)
+        report = hooks.hook.lwm_report(run=run)
+        folder.update(report=None if report is None else str(report))
+        rows = metrics.read_metrics(folder.metrics)
+        return Outcome(folder.path, DONE, loop.step or len(rows), rows[-1]["loss"] if rows else None, report)
+    except StoppedError as stopped:
+        status = STOPPED
+        line = f"stopped; continue with: lwm resume {folder.path}"
+        raise StoppedError(stopped.signal_number, line) from None
+    except OSError as error:
+        if disk_full(error):
+            raise CheckpointError(
+                f"{folder.path}: the disk is full; free space, then lwm resume {folder.path}", details=repr(error)
+            ) from error
+        raise
+    finally:
+        if status != DONE:
+            _note_status(folder, status)
+        hooks.hook.lwm_run_end(run=run, status=status)
+        progress.close()
+
+
+def _finish(pipeline: Pipeline, trainer: Trainer, folder: RunFolder) -> None:
+    config = pipeline.loaded.config
+    last = pipeline.stages[-1]
+    if config.samples.prompts:
+        path = folder.samples / "text.json"
+        write_samples(path, trainer, pipeline.tokenizer, config.samples, last.name, config.seed)
+    export_model(folder.model, pipeline, trainer, last)
+
+
+def _note_status(folder: RunFolder, status: str) -> None:
+    """Write down how the run ended, if that is still possible: a full disk must not hide what went wrong."""
+    try:
+        folder.update(status=status)
+    except (OSError, LwmError):
+        return
+
+
+def _tell_refused(found: Found, progress: Progress) -> None:
+    for path, reason in found.refused:
+        progress.note(f"warning: checkpoint {path} is refused: {reason}")
+    for path in found.unfinished:
+        progress.note(f"checkpoint {path} is passed over: its saving was cut off")
+
+
+def _check_same(pipeline: Pipeline, described: dict[str, Any], path: Path) -> None:
+    """A checkpoint fits only the model and the stages it was made with."""
+    was = {key: value for key, value in described["model"].items() if key != "parameter_count"}
+    now = pipeline.model.to_dict()
+    changed = next((key for key in now if now[key] != was.get(key)), None)
+    if changed is not None:
+        raise CheckpointError(
+            f"{path}: the model's {changed} was {was.get(changed)} when the run started and is {now[changed]} now; "
+            "the starting model or the tokenizer has changed"
+        )
+    lengths = [(stage["seq_len"], stage["tokens"], stage["batch_tokens"]) for stage in described["stages"]]
+    if lengths != [(stage.seq_len, stage.tokens, stage.batch_tokens) for stage in pipeline.stages]:
+        raise CheckpointError(f"{path}: the schedule is not what it was when the run started; install the same plugins")
+
+
+def _hook_candidates(registry: Registry, hooks: HookManager) -> list[Candidate]:
+    return [c for c in registry.candidates("hooks") if c.label in hooks.names]

@@ -1,0 +1,160 @@
+"""The options of the data plugin ``mix``: which sources there are and how they are mixed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[
+    float,
+    Field(gt=0, description="what an example's loss weights sum to, spread evenly over the tokens that are learnt"),
+]
+MinTokens = Annotated[
+    int | None,
+    Field(gt=1, description="shortest example in tokens; lengths are uniform from here to the row; none: full rows"),
+]
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextOptions(_Options):
+    """Documents of a file, a folder, a glob or a shipped corpus, learnt token by token."""
+
+    kind: Literal["text"] = Field(description="the source's kind")
+    path: str | None = Field(
+        default=None,
+        description="file, folder or glob, from the folder the command runs in; .jsonl and .parquet give documents, "
+        "anything else is plain text; .xz and .gz are unpacked; a folder gives its .txt, .jsonl and .parquet files",
+    )
+    corpus: Literal["kjv"] | None = Field(default=None, description="a text that ships with lwm-data, instead of path")
+    split: Literal["file", "line", "blank-line"] = Field(
+        default="file", description="what a document is in plain text: the file, each line, or blank-line-separated"
+    )
+    held_out: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="fraction that is never trained on: the last documents, or the last lines of every document where "
+        "there are too few documents to split",
+    )
+    weigh: Literal["example", "token"] = Field(
+        default="example",
+        description="example: a short document weighs as much as a full row; token: every token weighs the same",
+    )
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TextOptions:
+        if (self.path is None) == (self.corpus is None):
+            raise ValueError("a text source needs either path or corpus, and not both")
+        return self
+
+
+class NeedleOptions(_Options):
+    """LWM's needles planted in a text source of the same mix; only the answer is learnt."""
+
+    kind: Literal["needle"] = Field(description="the source's kind")
+    haystack: str = Field(description="name of the text source that the needles are planted in")
+    needles: tuple[int, ...] = Field(default=(1,), min_length=1, description="numbers of needles to choose from")
+    retrieve: tuple[int, ...] = Field(
+        default=(1,), min_length=1, description="how many of them are asked for; a choice among those that fit"
+    )
+    turns: int = Field(
+        default=1, ge=1, description="questions asked one after the other about one text, each with its answer"
+    )
+    min_tokens: MinTokens = None
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _enough(self) -> NeedleOptions:
+        if min(*self.needles, *self.retrieve, 1) < 1:
+            raise ValueError("needles and retrieve are numbers from 1")
+        if min(self.retrieve) > min(self.needles):
+            raise ValueError(
+                f"retrieve asks for {min(self.retrieve)} needles or more, but only {min(self.needles)} may be planted"
+            )
+        return self
+
+
+class CopyOptions(_Options):
+    """Synthetic copying: what was seen before is asked again, so that induction and retrieval are learnt densely."""
+
+    kind: Literal["copy"] = Field(description="the source's kind")
+    task: Literal["repeat", "pairs"] = Field(
+        default="repeat",
+        description="repeat: a span of tokens comes again, at once or after other tokens; pairs: 'key: value' lines in "
+        "digits, then the keys again in another order",
+    )
+    text: str | None = Field(
+        default=None, description="repeat: name of a text source whose spans are copied; none: random token ids"
+    )
+    min_period: int = Field(default=4, ge=2, description="repeat: tokens of the shortest span")
+    max_period: int | None = Field(default=None, ge=2, description="repeat: tokens of the longest span; none: half")
+    key_digits: int = Field(default=4, ge=1, le=18, description="pairs: digits of a key")
+    value_digits: int = Field(default=4, ge=1, le=18, description="pairs: digits of a value")
+    min_tokens: MinTokens = None
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _periods(self) -> CopyOptions:
+        if self.max_period is not None and self.max_period < self.min_period:
+            raise ValueError(f"max_period {self.max_period} is below min_period {self.min_period}")
+        if self.task == "pairs" and self.text is not None:
+            raise ValueError("text is an option of task 'repeat'; pairs are digits")
+        return self
+
+
+SourceOptions = Annotated[TextOptions | NeedleOptions | CopyOptions, Field(discriminator="kind")]
+
+
+class MixOptions(_Options):
+    """Sources by name and the share of rows that each of them gets."""
+
+    sources: dict[str, SourceOptions] = Field(min_length=1, description="sources by name")
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="share of rows by source; sources left out get none; empty: all alike; a stage's mix overrides it",
+    )
+    workers: int = Field(default=0, ge=0, description="processes that build batches ahead; 0: a thread of this process")
+    prefetch: int = Field(default=2, ge=0, description="batches built ahead; 0: each is built when it is asked for")
+    window_rows: int = Field(default=256, ge=1, description="rows that are planned, mixed and packed together")
+
+    @model_validator(mode="after")
+    def _names(self) -> MixOptions:
+        if self.weights:
+            check_mix(self.weights, self.sources, "weights")
+        texts = [name for name, source in self.sources.items() if source.kind == "text"]
+        for name, source in self.sources.items():
+            wanted = getattr(source, "haystack", None) or getattr(source, "text", None)
+            if wanted is not None and wanted not in texts:
+                raise ValueError(f"sources.{name}: {unknown('text source', wanted, texts)}")
+        return self
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """One line about a name that is not known: the near miss, or all that are."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names) or '(there is none)'}"
+    return f"there is no {what} {name!r}; {hint}"
+
+
+def check_mix(mix: dict[str, float], sources: Iterable[str], where: str) -> None:
+    """Check a mix.
+
+    Raises:
+        ValueError: a name is not a source, a weight is negative or not finite, or all are 0.
+    """
+    names = list(sources)
+    for name, weight in mix.items():
+        if name not in names:
+            raise ValueError(f"{where}: {unknown('source', name, names)}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{where}: the weight of {name!r} is {weight}; expected a finite number from 0")
+    if not any(mix.values()):
+        raise ValueError(f"{where}: every weight is 0; at least one source must get rows")

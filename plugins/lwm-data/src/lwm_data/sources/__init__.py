@@ -1,0 +1,1 @@
+"""What rows are made of: one file a kind of source."""

@@ -1,0 +1,151 @@
+"""What a run's folder holds, read with tolerance: a run may be unfinished, and a part may be missing or damaged.
+
+A damaged part is named in ``RunData.notes``, which the page shows; nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lwm_core.errors import UsageError
+from lwm_core.metrics import FILE as METRICS
+from lwm_core.metrics import read_metrics
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageMetrics:
+    """The steps of one stage, in order."""
+
+    name: str
+    index: int
+    rows: list[Row]
+
+    def values(self, name: str) -> list[float]:
+        """``name`` at each step; NaN where a step does not have it."""
+        return [number(row.get(name)) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as it lies on disk.
+
+    Args:
+        folder: the run's folder.
+        run: ``run.json``; empty where it is missing.
+        stages: steps by stage, from ``metrics.jsonl``.
+        needles: name → ``rows`` and ``summary`` of every suite that asks at lengths and depths, as ``needle`` does.
+        suites: name → summary rows of every other suite.
+        samples: ``{stage, prompt, text}`` rows of ``samples/*.json``.
+        notes: what could not be read.
+    """
+
+    folder: Path
+    run: Mapping[str, Any] = field(default_factory=dict)
+    stages: list[StageMetrics] = field(default_factory=list)
+    needles: Mapping[str, Mapping[str, list[Row]]] = field(default_factory=dict)
+    suites: Mapping[str, list[Row]] = field(default_factory=dict)
+    samples: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def schedule(self) -> list[Row]:
+        """The stages as ``run.json`` has them."""
+        return rows_of(self.run.get("stages"))
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """A table of ``run.json``; empty where it is missing or something else."""
+        value = self.run.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run's folder.
+
+    Raises:
+        UsageError: nothing of a run lies there.
+    """
+    if not any((folder / name).exists() for name in ("run.json", METRICS, "evals")):
+        raise UsageError(f"report: {folder} is not a run: it has no run.json, {METRICS} or evals; name a run's folder")
+    notes: list[str] = []
+    run = _json(folder / "run.json", notes)
+    suites: dict[str, list[Row]] = {}
+    needles: dict[str, dict[str, list[Row]]] = {}
+    for path in sorted((folder / "evals").glob("*.json")):
+        table = _json(path, notes)
+        summary = rows_of(table.get("summary") if isinstance(table, Mapping) else table)
+        if isinstance(table, Mapping) and any("depth" in row for row in rows_of(table.get("rows"))):
+            needles[path.stem] = _needle(table, path, notes)
+        elif summary:
+            suites[path.stem] = summary
+    samples: list[Row] = []
+    for path in sorted((folder / "samples").glob("*.json")):
+        found = _json(path, notes)
+        samples += rows_of(found if isinstance(found, list) else [found])
+    described = run if isinstance(run, Mapping) else {}
+    return RunData(folder, described, _stages(folder, notes), needles, suites, samples, notes)
+
+
+def number(value: object) -> float:
+    """``value`` as a number; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return float("nan")
+    return float(value)
+
+
+def rows_of(value: object) -> list[Row]:
+    """The tables of a list; an empty list for anything else."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _needle(table: Mapping[str, Any], path: Path, notes: list[str]) -> dict[str, list[Row]]:
+    """The rows and cells that have what a figure needs; a note tells how many have not."""
+    checks = {
+        "rows": {"stage": str, "length": int, "depth": (int, float), "retrieved": int, "answer": str},
+        "summary": {"stage": str, "length": int, "accuracy": (int, float), "samples": int},
+    }
+    kept: dict[str, list[Row]] = {}
+    for name, fields in checks.items():
+        found = rows_of(table.get(name))
+        kept[name] = [row for row in found if _complete(row, fields)]
+        if len(kept[name]) < len(found):
+            notes.append(f"{path.name}: {len(found) - len(kept[name])} of {len(found)} {name} are not complete")
+    return kept
+
+
+def _complete(row: Row, fields: Mapping[str, Any]) -> bool:
+    if not all(isinstance(row.get(key), kind) for key, kind in fields.items()):
+        return False
+    return row["length"] > 0 and all(math.isfinite(row[key]) for key, kind in fields.items() if kind is not str)
+
+
+def _stages(folder: Path, notes: list[str]) -> list[StageMetrics]:
+    stages: list[StageMetrics] = []
+    try:
+        rows = read_metrics(folder / METRICS)
+    except OSError as error:
+        notes.append(f"{METRICS} cannot be read: {error.strerror}")
+        rows = []
+    for row in rows:
+        index = row.get("stage_index")
+        key = (index if isinstance(index, int) else -1, str(row.get("stage", "")))
+        if not stages or (stages[-1].index, stages[-1].name) != key:
+            stages.append(StageMetrics(key[1], key[0], []))
+        stages[-1].rows.append(row)
+    return stages
+
+
+def _json(path: Path, notes: list[str]) -> Any:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return {}

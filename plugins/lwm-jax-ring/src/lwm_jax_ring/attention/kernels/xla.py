@@ -1,0 +1,238 @@
+"""The block kernel in plain XLA operations: runs on every device, and is what other kernels are checked against.
+
+A rank's queries and keys are cut into chunks; each pair of chunks is skipped, computed whole, or computed with a mask,
+as their indices and segment ids say when the program runs. No array larger than a pair of chunks is ever made.
+Accumulators are float32 whatever the inputs (online softmax: Rabe and Staats, arXiv 2112.05682).
+
+Shapes: B batch, K key-value heads, G query heads a key-value head, D head dim; c query chunk, t key chunk;
+Nq, Nk numbers of chunks. Queries of a group lie side by side as rows: G·c rows a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lwm_jax_ring.attention.blocks import Keys, Queries
+
+SKIP, WHOLE, MASKED = 0, 1, 2
+
+
+class State(NamedTuple):
+    """Running softmax of all query chunks: numerator, row maximum, denominator; float32."""
+
+    out: jax.Array  # [Nq, B, K, G·c, D]
+    top: jax.Array  # [Nq, B, K, G·c]
+    total: jax.Array  # [Nq, B, K, G·c]
+
+
+def chunk_length(run: int, limit: int) -> int:
+    """Length of a chunk for runs of ``run`` consecutive tokens: a divisor of the run near ``limit``, else ``limit``."""
+    if run <= limit:
+        return run
+    divisor = next(size for size in range(limit, 0, -1) if run % size == 0)
+    return divisor if 4 * divisor >= limit else limit
+
+
+def split_queries(x: jax.Array, kv_heads: int, chunk: int) -> jax.Array:
+    """``[B, C, H, D]`` → ``[Nq, B, K, G·c, D]``, padded with zeros to whole chunks."""
+    batch, length, heads, dim = x.shape
+    count = -(-length // chunk)
+    x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, count, chunk, kv_heads, heads // kv_heads, dim)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, batch, kv_heads, -1, dim)
+
+
+def join_queries(x: jax.Array, length: int, chunk: int) -> jax.Array:
+    """The inverse of :func:`split_queries` for ``[Nq, B, K, G·c, D]``."""
+    count, batch, kv_heads, rows, dim = x.shape
+    x = x.reshape(count, batch, kv_heads, rows // chunk, chunk, dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, count * chunk, -1, dim)[:, :length]
+
+
+def split_keys(x: jax.Array, chunk: int) -> jax.Array:
+    """``[B, C, K, D]`` → ``[Nk, B, K, t, D]``, padded with zeros to whole chunks."""
+    batch, length, heads, dim = x.shape
+    count = -(-length // chunk)
+    x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+    return x.reshape(batch, count, chunk, heads, dim).transpose(1, 0, 3, 2, 4)
+
+
+def join_keys(x: jax.Array, length: int) -> jax.Array:
+    """The inverse of :func:`split_keys`."""
+    count, batch, heads, chunk, dim = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, dim)[:, :length]
+
+
+def _chunked(x: jax.Array | None, chunk: int, fill: int) -> jax.Array | None:
+    """``[..., C]`` → ``[N, ..., chunk]``, padded with ``fill``."""
+    if x is None:
+        return None
+    count = -(-x.shape[-1] // chunk)
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, count * chunk - x.shape[-1])]
+    x = jnp.pad(x, pad, constant_values=fill).reshape(*x.shape[:-1], count, chunk)
+    return jnp.moveaxis(x, -2, 0)
+
+
+def split_query_mask(queries: Queries, chunk: int) -> Queries:
+    """Every field by chunks, padding seeing nothing (its high is below every index)."""
+    return Queries(
+        _chunked(queries.low, chunk, 0), _chunked(queries.high, chunk, -2), _chunked(queries.segments, chunk, 0)
+    )
+
+
+def split_key_mask(keys: Keys, chunk: int) -> Keys:
+    """Every field by chunks, padding seen by nobody."""
+    return Keys(_chunked(keys.index, chunk, -1), _chunked(keys.segments, chunk, 0))
+
+
+def classify(queries: Queries, keys: Keys) -> jax.Array:
+    """SKIP, WHOLE or MASKED for one pair of chunks, from the extremes of its indices and segment ids; int32 scalar."""
+    key_low, key_high = keys.index.min(), keys.index.max()
+    meets = (key_low <= queries.high.max()) & (key_high >= queries.low.min())
+    whole = (key_high <= queries.high.min()) & (key_low >= queries.low.max()) & (key_low >= 0)
+    if queries.segments is not None:
+        q_low, q_high = queries.segments.min(axis=-1), queries.segments.max(axis=-1)
+        k_low, k_high = keys.segments.min(axis=-1), keys.segments.max(axis=-1)
+        meets &= ((k_low <= q_high) & (k_high >= q_low) & (q_high > 0) & (k_high > 0)).any()
+        whole &= ((q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low > 0)).all()
+    return jnp.where(meets, jnp.where(whole, WHOLE, MASKED), SKIP).astype(jnp.int32)
+
+
+def _seen(queries: Queries, keys: Keys, groups: int) -> jax.Array:
+    """``[R or B, 1, G·c, t]`` bool."""
+    index = keys.index
+    seen = (queries.low[:, :, None] <= index) & (index <= queries.high[:, :, None]) & (index >= 0)
+    if queries.segments is not None:
+        same = queries.segments[:, :, None] == keys.segments[:, None, :]
+        seen = seen & same & (queries.segments != 0)[:, :, None]
+    return jnp.tile(seen, (1, groups, 1))[:, None]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Batched matrix product over leading [B, K], float32 result whatever the inputs."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def start(split_q: jax.Array) -> State:
+    """The state before any key: numerator 0, maximum −inf, denominator 0."""
+    rows = split_q.shape[:-1]
+    zeros = jnp.zeros(rows, jnp.float32)
+    return State(jnp.zeros(split_q.shape, jnp.float32), jnp.full_like(zeros, -jnp.inf), zeros)
+
+
+def _absorb(state: State, scores: jax.Array, v: jax.Array, guard: bool) -> State:
+    """Add one pair's scores ``[B, K, G·c, t]`` to a chunk's state; ``guard`` where a row may have seen nothing yet."""
+    top = jnp.maximum(state.top, scores.max(axis=-1))
+    base = jnp.where(top == -jnp.inf, 0.0, top) if guard else top
+    weights = jnp.exp(scores - base[..., None])
+    old = jnp.exp(state.top - base)
+    total = state.total * old + weights.sum(axis=-1)
+    out = state.out * old[..., None] + _dot(weights.astype(v.dtype), v)
+    return State(out, top, total)
+
+
+def forward_block(
+    state: State, split_q: jax.Array, queries: Queries, k: jax.Array, v: jax.Array, keys: Keys, chunk: int
+) -> State:
+    """Let all query chunks see one rank's keys.
+
+    Args:
+        state: of all query chunks.
+        split_q: ``[Nq, B, K, G·c, D]``, already multiplied by the softmax scale.
+        queries: by chunks.
+        k, v: ``[B, C, K, D]`` of the rank whose keys these are.
+        keys: their mask side, not yet by chunks.
+        chunk: key chunk t.
+    """
+    k_turned = jnp.swapaxes(split_keys(k, chunk), -1, -2)
+    v_split, key_mask = split_keys(v, chunk), split_key_mask(keys, chunk)
+
+    def per_query(_, x):  # type: ignore[no-untyped-def]
+        chunk_state, q, q_mask = x
+        groups = q.shape[-2] // q_mask.low.shape[-1]
+
+        def per_key(carry, y):  # type: ignore[no-untyped-def]
+            k_t, v_t, k_mask = y
+
+            def whole(s):  # type: ignore[no-untyped-def]
+                return _absorb(s, _dot(q, k_t), v_t, guard=False)
+
+            def masked(s):  # type: ignore[no-untyped-def]
+                scores = jnp.where(_seen(q_mask, k_mask, groups), _dot(q, k_t), -jnp.inf)
+                return _absorb(s, scores, v_t, guard=True)
+
+            return lax.switch(classify(q_mask, k_mask), (lambda s: s, whole, masked), carry), None
+
+        return None, lax.scan(per_key, chunk_state, (k_turned, v_split, key_mask))[0]
+
+    return lax.scan(per_query, None, (state, split_q, queries))[1]
+
+
+def finish(state: State) -> tuple[jax.Array, jax.Array]:
+    """out ``[Nq, B, K, G·c, D]`` float32 and natural-log lse ``[Nq, B, K, G·c]``: 0 and −inf where nothing was seen."""
+    seen = state.total > 0
+    total = jnp.where(seen, state.total, 1.0)
+    lse = jnp.where(seen, state.top + jnp.log(total), -jnp.inf)
+    return jnp.where(seen[..., None], state.out / total[..., None], 0.0), lse
+
+
+class Saved(NamedTuple):
+    """What a chunk of queries brings to the backward pass."""
+
+    q: jax.Array  # [Nq, B, K, G·c, D], multiplied by the softmax scale
+    dout: jax.Array  # [Nq, B, K, G·c, D]
+    lse: jax.Array  # [Nq, B, K, G·c]; +inf where nothing was seen, so that its weights are 0
+    delta: jax.Array  # [Nq, B, K, G·c], sum of out · dout
+
+
+def backward_block(
+    dq: jax.Array,
+    dk: jax.Array,
+    dv: jax.Array,
+    saved: Saved,
+    queries: Queries,
+    k: jax.Array,
+    v: jax.Array,
+    keys: Keys,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Add one rank's keys' share to dq, and all query chunks' share to that rank's dk and dv.
+
+    Args:
+        dq: ``[Nq, B, K, G·c, D]`` float32, with respect to the unscaled query but for the softmax scale.
+        dk, dv: ``[Nk, B, K, t, D]`` float32.
+    """
+    k_split, v_split, key_mask = split_keys(k, chunk), split_keys(v, chunk), split_key_mask(keys, chunk)
+
+    def per_key(dq_all, x):  # type: ignore[no-untyped-def]
+        dk_t, dv_t, k_t, v_t, k_mask = x
+        k_turned, v_turned = jnp.swapaxes(k_t, -1, -2), jnp.swapaxes(v_t, -1, -2)
+
+        def per_query(carry, y):  # type: ignore[no-untyped-def]
+            dq_c, s, q_mask = y
+            groups = s.q.shape[-2] // q_mask.low.shape[-1]
+
+            def pair(args, mask_pair):  # type: ignore[no-untyped-def]
+                dq_c, dk_c, dv_c = args
+                scores = _dot(s.q, k_turned)
+                if mask_pair:
+                    scores = jnp.where(_seen(q_mask, k_mask, groups), scores, -jnp.inf)
+                weights = jnp.exp(scores - s.lse[..., None])
+                dscores = (weights * (_dot(s.dout, v_turned) - s.delta[..., None])).astype(k_t.dtype)
+                dv_c += _dot(jnp.swapaxes(weights.astype(k_t.dtype), -1, -2), s.dout)
+                dk_c += _dot(jnp.swapaxes(dscores, -1, -2), s.q)
+                return dq_c + _dot(dscores, k_t), dk_c, dv_c
+
+            branches = (lambda a: a, lambda a: pair(a, False), lambda a: pair(a, True))
+            dq_c, dk_c, dv_c = lax.switch(classify(q_mask, k_mask), branches, (dq_c, *carry))
+            return (dk_c, dv_c), dq_c
+
+        (dk_t, dv_t), dq_all = lax.scan(per_query, (dk_t, dv_t), (dq_all, saved, queries))
+        return dq_all, (dk_t, dv_t)
+
+    dq, (dk, dv) = lax.scan(per_key, dq, (dk, dv, k_split, v_split, key_mask))
+    return dq, dk, dv
