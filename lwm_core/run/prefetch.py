@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 from lwm_core.batch import PackedBatch
@@ -10,7 +10,9 @@ from lwm_core.layout import SequenceLayout
 from lwm_core.protocols import Feed
 
 
-def batches(feed: Feed, layout: SequenceLayout, seq_len: int, first: int, end: int) -> Iterator[PackedBatch]:
+def batches(
+    feed: Feed, layout: SequenceLayout, seq_len: int, first: int, end: int
+) -> Generator[PackedBatch, None, None]:
     """The batches of steps ``[first, end)`` in the layout's order, one made ahead in a thread of its own.
 
     Close the iterator to end the thread.

@@ -127,7 +127,8 @@ def resume(path: Path, *, no_plugins: bool = False, progress: Progress | None = 
         _check_same(parts.pipeline, described, path)
         lines = metrics.cut_after(folder.metrics, state.step if state else 0)
         if state is not None and lines < state.step:
-            progress.note(f"warning: {folder.metrics} has {lines} lines, but {state.step} steps are done; some are lost")
+            lost = state.step - lines
+            progress.note(f"warning: {folder.metrics}: {lost} of the {state.step} steps that are done are lost in it")
         folder.update(status=RUNNING)
         return _execute(parts, folder, state, found.path, progress)
 

@@ -223,7 +223,7 @@ class AttentionSuite(Suite):
                     assert same, f"{mask}: {name} of other tokens changed with the document at {place} of row {row}"
 
     @pytest.mark.parametrize(("world", "layout"), _BY_WORLD)
-    def test_packed_equalscases.unpacked(self, world: int, layout: str) -> None:
+    def test_packed_equals_unpacked(self, world: int, layout: str) -> None:
         """Each document alone in a padded row gives what it gives among others."""
         backend = self._backend(world, layout, (self._masks_at(world, layout) or ["causal"])[0])
         base = self._inputs(cases.packed())
@@ -298,9 +298,7 @@ class AttentionSuite(Suite):
             for name in ("dq", "dk"):
                 assert np.all(np.isfinite(results[name].astype(np.float32))), f"{mask}: {name} is not finite"
 
-    @pytest.mark.parametrize(
-        ("world", "layout"), [(2, "contiguous"), (8, "contiguous"), (8, "zigzag"), (8, "striped")]
-    )
+    @pytest.mark.parametrize(("world", "layout"), [(2, "contiguous"), (8, "contiguous"), (8, "zigzag"), (8, "striped")])
     def test_bfloat16_loses_no_more_than_one_device(self, world: int, layout: str) -> None:
         """Error at most 1.5 times that of world 1 at every world (accumulators are float32); dtypes as contracted."""
         backend = self._backend(world, layout, dtype="bfloat16")
@@ -391,8 +389,16 @@ def _check(backend: AttentionHarness, a: Arrays, mask: AttentionMask) -> Results
     actual, expected = _both(backend, a, mask), _oracle(a, mask)
     for name in _NAMES:
         assert actual[name].dtype == np.float32, f"{name} is {actual[name].dtype}, expected float32"
-        assert_close(actual[name], expected[name], FLOAT32, name)
+        if name in ("dq", "dk") and _norm(expected[name]) < 1e-9 * _norm(expected["dv"]):
+            # Where every token sees itself alone dq and dk are 0: rounding has nothing to be relative to but dv.
+            assert _norm(actual[name]) <= FLOAT32 * _norm(expected["dv"]), f"{name} should vanish"
+        else:
+            assert_close(actual[name], expected[name], FLOAT32, name)
     return actual
+
+
+def _norm(array: NDArray[Any]) -> float:
+    return float(np.linalg.norm(array.astype(np.float64)))
 
 
 def _some(places: NDArray[np.bool_]) -> str:

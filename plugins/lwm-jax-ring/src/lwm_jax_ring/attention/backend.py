@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, H query heads, K key-value heads, D head dim; globa
 
 from __future__ import annotations
 
-from math import lcm, prod
+from math import lcm
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from lwm_core.protocols import AttentionAxes
 from numpy.typing import NDArray
 
 from lwm_jax_ring.attention.options import AttentionOptions
-from lwm_jax_ring.attention.ring import RingSpec, ring_attention, ring_backward, ring_forward
+from lwm_jax_ring.attention.ring import RingSpec, ring_attention, ring_forward
 
 DTYPES = ("float32", "bfloat16")
 
@@ -139,11 +139,13 @@ class JaxRingHarness:
         return tuple(np.asarray(result)[:, inverse] for result in self._compiled[key](*given))
 
     def _build(self, kind: str, backend: JaxRing, mask: AttentionMask, head_dim: int, plain: bool) -> Any:
-        spec, (heads, tokens) = backend.spec(mask, head_dim), P(None, "sp")
+        spec = backend.spec(mask, head_dim)
         if kind == "forward":
+
             def local(q, k, v, segments=None):  # type: ignore[no-untyped-def]
                 return ring_forward(q, k, v, segments, spec)
         else:
+
             def local(q, k, v, dout, segments=None):  # type: ignore[no-untyped-def]
                 _, pullback = jax.vjp(lambda a, b, c: ring_attention(a, b, c, segments, spec), q, k, v)
                 return pullback(dout)

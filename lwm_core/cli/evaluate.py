@@ -1,0 +1,55 @@
+"""``lwm eval DIR``: run a run's evaluation suites on what it has trained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the ``lwm`` command."""
+    parser = subparsers.add_parser("eval", help="run a run's evaluation suites again", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    parser.add_argument("--suite", metavar="NAME", help="only this one of the run's suites")
+    parser.add_argument("--quiet", action="store_true", help="show warnings and the result only")
+    parser.add_argument("--json", action="store_true", help="print {suite: [summary rows]}")
+    parser.set_defaults(run=run_eval)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Evaluate; finished samples of an earlier evaluation are kept by the suites themselves."""
+    import json
+
+    from lwm_core.errors import UsageError
+    from lwm_core.progress import make_progress
+    from lwm_core.run import open_run, reopen
+    from lwm_core.run.evaluating import Evaluator
+    from lwm_core.run.stopping import StoppedError, signals_heard
+
+    names = [table.name for table in open_run(args.folder)[1].config.evals]
+    if not names:
+        raise UsageError(f"{args.folder}: its configuration names no [[evals]]; there is nothing to run")
+    opened = reopen(args.folder)
+    suites = opened.pipeline.make_suites()
+    if args.suite is not None:
+        if args.suite not in suites:
+            raise UsageError(f"{args.folder}: no suite {args.suite!r}; expected one of {', '.join(suites)}")
+        suites = {args.suite: suites[args.suite]}
+    progress = make_progress(1, quiet=args.quiet)
+    try:
+        with opened.folder.locked(), signals_heard(progress.note) as stop:
+            evaluator = Evaluator(
+                opened.pipeline, opened.trainer, opened.pipeline.make_data(), suites, opened.folder, progress, stop
+            )
+            results = evaluator.run(opened.stage.name)
+    except StoppedError as stopped:
+        raise StoppedError(stopped.signal_number, f"stopped; continue with: lwm eval {args.folder}") from None
+    finally:
+        progress.close()
+    if args.json:
+        print(json.dumps({name: [dict(row) for row in rows] for name, rows in results.items()}))
+        return 0
+    for name, rows in results.items():
+        for row in rows:
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    return 0

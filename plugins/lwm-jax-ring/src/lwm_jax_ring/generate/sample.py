@@ -1,0 +1,35 @@
+"""Drawing a token from logits.
+
+Shapes: B rows, V ids.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from lwm_core.protocols import SamplingSpec
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: SamplingSpec) -> jax.Array:
+    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k and top-p.
+
+    Top-k comes first; top-p then keeps the smallest set of likeliest ids whose probability, at the given temperature,
+    reaches it (arXiv 1904.09751). The likeliest id is always kept.
+
+    Returns:
+        ``[B]`` int32.
+    """
+    if sampling.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        kept = (before < sampling.top_p).sum(axis=-1, keepdims=True)
+        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

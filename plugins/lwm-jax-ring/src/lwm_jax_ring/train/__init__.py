@@ -1,0 +1,1 @@
+"""The trainer ``jax``: optimizer steps on a mesh, evaluation, checkpoints."""

@@ -1,0 +1,33 @@
+"""Options of the trainer ``jax``. Imports pydantic alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainerOptions(BaseModel):
+    """How the model is computed and where."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of activations; parameters and optimizer are float32 always"
+    )
+    remat: Literal["none", "full", "attention", "dots"] = Field(
+        "attention", description="what a layer keeps for its backward pass; 'attention' never runs the ring twice"
+    )
+    loss_chunk: int = Field(512, gt=0, description="tokens of a device whose logits exist at a time")
+    mlp_chunk: int | None = Field(
+        None, gt=0, description="tokens of a device in the feed-forward at a time; all if unset"
+    )
+    shard_parameters: list[Literal["dp", "fsdp", "sp"]] = Field(
+        default_factory=lambda: ["fsdp", "sp"], description="axes that share parameters out beside tp; [] replicates"
+    )
+    host_devices: int | None = Field(
+        None, gt=0, description="make a CPU stand for this many devices; for trying meshes on one machine"
+    )
+    peak_flops: float | None = Field(
+        None, gt=0, description="peak FLOP/s of one device, the denominator of MFU; known chips and CPUs need none"
+    )

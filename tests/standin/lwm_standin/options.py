@@ -1,0 +1,42 @@
+"""Options of the stand-ins."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainerOptions(_Options):
+    """What the trainer can be made to do."""
+
+    devices: int = Field(1, gt=0, description="devices it pretends to have")
+    step_seconds: float = Field(0.0, ge=0, description="sleep of each step")
+    save_seconds: float = Field(0.0, ge=0, description="time until a save has reached the disk")
+    nan_at: int | None = Field(None, description="the optimizer step whose loss is not a number")
+    full_at: int | None = Field(None, description="the save, from 1, that finds the disk full")
+    peak_flops: float | None = Field(None, description="peak of all devices, FLOP/s")
+
+
+class AttentionOptions(_Options):
+    """How sequences are dealt."""
+
+    layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
+
+
+class TallyOptions(_Options):
+    """How much is scored."""
+
+    samples: int = Field(4, gt=0)
+    sample_seconds: float = Field(0.0, ge=0)
+
+
+class DoublingOptions(_Options):
+    """How often the length doubles."""
+
+    first: int = Field(32, gt=0)
+    stages: int = Field(2, gt=0)

@@ -1,0 +1,173 @@
+"""A bigram model ``logits(next | x) = H · e(x)`` under SGD with momentum, exact to the bit after a restore.
+
+Its parameters stand under the canonical names of the whole Llama, so that exports are real model folders; only the
+embedding and the head are trained. Shapes: B rows, S tokens, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lwm_core.batch import PackedBatch
+from lwm_core.errors import CheckpointError
+from lwm_core.layout import SequenceLayout
+from lwm_core.mesh import resolve_mesh
+from lwm_core.model import canonical_shapes
+from lwm_core.protocols import SamplingSpec, Stage, TrainerContext
+
+from lwm_standin.options import TrainerOptions
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MOMENTUM = 0.9
+
+
+class _Save:
+    """A save that reaches the disk after a while."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ready = time.monotonic() + seconds
+
+    def done(self) -> bool:
+        return time.monotonic() >= self._ready
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._ready - time.monotonic()))
+
+
+class StandinTrainer:
+    """See the module."""
+
+    def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
+        self._options = options
+        self._context = context
+        self._names = (EMBED, EMBED if context.model.tie_embeddings else HEAD)
+        random = np.random.default_rng(context.seed)
+        self._parameters = {
+            name: (np.ones(shape, np.float32) if len(shape) == 1 else random.normal(0, 0.02, shape).astype(np.float32))
+            for name, shape in canonical_shapes(context.model).items()
+        }
+        self._momentum: dict[str, Any] = {}
+        self._steps = 0
+        self._saves = 0
+        self._stage: Stage | None = None
+
+    def begin_stage(self, stage: Stage) -> None:
+        self._sizes = resolve_mesh(stage.mesh, self._options.devices)
+        self._stage = stage
+        self._momentum = {name: np.zeros_like(self._parameters[name]) for name in set(self._names)}
+
+    @property
+    def layout(self) -> SequenceLayout:
+        assert self._stage is not None
+        options = self._context.attention_options
+        return self._context.attention.layout(options, self._stage.seq_len, self._sizes["sp"])
+
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        return 0, 1
+
+    def step(self, batch: PackedBatch, step: int) -> dict[str, float]:
+        assert self._stage is not None
+        time.sleep(self._options.step_seconds)
+        self._steps += 1
+        loss, gradients = self._loss(batch)
+        norm = float(np.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in gradients.values())))
+        lr = self._stage.lr_at(step)
+        for name, gradient in gradients.items():
+            self._momentum[name] = np.float32(_MOMENTUM) * self._momentum[name] + gradient
+            self._parameters[name] -= np.float32(lr) * self._momentum[name]
+        if self._options.nan_at == self._steps:
+            loss = float("nan")
+        return {"loss": loss, "loss_text": loss, "grad_norm": norm, "lr": lr}
+
+    def _loss(self, batch: PackedBatch) -> tuple[float, dict[str, Any]]:
+        embed, head = (self._parameters[name] for name in self._names)
+        x, y, w = batch.tokens.ravel(), batch.targets.ravel(), batch.loss_weights.ravel()
+        probabilities = _softmax(embed[x] @ head.T)
+        picked = probabilities[np.arange(len(y)), y]
+        share = w / w.sum()
+        loss = float(-np.sum(share * np.log(picked), dtype=np.float64))
+        probabilities[np.arange(len(y)), y] -= 1.0
+        error = probabilities * share[:, None]
+        gradients: dict[str, Any] = {name: np.zeros_like(self._parameters[name]) for name in self._names}
+        np.add.at(gradients[self._names[0]], x, error @ head)
+        gradients[self._names[1]] += error.T @ embed[x]
+        return loss, gradients
+
+    def evaluate(self, batch: PackedBatch) -> dict[str, float]:
+        loss = self._loss(batch)[0]
+        return {"loss": loss, "loss_text": loss}
+
+    def save(self, folder: Path) -> _Save:
+        self._saves += 1
+        assert not any(folder.iterdir()), "the core must give an empty folder"
+        arrays = {f"p:{name}": value for name, value in self._parameters.items()}
+        arrays |= {f"m:{name}": value for name, value in self._momentum.items()}
+        if self._options.full_at == self._saves:
+            (folder / "half.npz").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        np.savez(folder / "state.npz", steps=np.int64(self._steps), **arrays)
+        return _Save(self._options.save_seconds)
+
+    def restore(self, folder: Path) -> None:
+        with np.load(folder / "state.npz", allow_pickle=False) as state:
+            self._steps = int(state["steps"])
+            self._parameters = {key[2:]: state[key] for key in state if key.startswith("p:")}
+            self._momentum = {key[2:]: state[key] for key in state if key.startswith("m:")}
+
+    def iter_parameters(self) -> Iterator[tuple[str, Any]]:
+        yield from self._parameters.items()
+
+    def load_parameters(self, parameters: Mapping[str, Any]) -> None:
+        for name, shape in canonical_shapes(self._context.model).items():
+            if parameters[name].shape != shape:
+                raise CheckpointError(f"trainer 'standin': {name} is {parameters[name].shape}; expected {shape}")
+            self._parameters[name] = np.array(parameters[name], dtype=np.float32)
+
+    def generator(self) -> _Writer:
+        return _Writer(*(self._parameters[name] for name in self._names))
+
+    def scorer(self) -> _Writer:
+        return self.generator()
+
+    def describe(self) -> dict[str, Any]:
+        return {"device_count": self._options.devices, "peak_flops": self._options.peak_flops, "framework": "numpy"}
+
+
+class _Writer:
+    """Generation and scores from the two tables."""
+
+    def __init__(self, embed: Any, head: Any) -> None:
+        self._embed, self._head = embed, head
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> list[list[int]]:
+        return [list(self.stream(prompt, sampling)) for prompt in prompts]
+
+    def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
+        random = np.random.default_rng(sampling.seed)
+        last = prompt[-1]
+        for _ in range(sampling.max_new_tokens):
+            logits = self._head @ self._embed[last]
+            if sampling.temperature == 0:
+                last = int(np.argmax(logits))
+            else:
+                p = _softmax(logits[None].astype(np.float64) / sampling.temperature)[0]
+                last = int(random.choice(len(p), p=p))
+            if last in sampling.stop_ids:
+                return
+            yield last
+
+    def log_likelihood(self, tokens: Sequence[int]) -> Any:
+        ids = np.asarray(tokens)
+        p = _softmax(self._embed[ids[:-1]] @ self._head.T)
+        return np.log(p[np.arange(len(ids) - 1), ids[1:]])
+
+
+def _softmax(logits: Any) -> Any:
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponents / exponents.sum(axis=-1, keepdims=True)
