@@ -15,6 +15,8 @@ import pytest
 
 from lwm_core.testing import AttentionSuite
 
+pytestmark = pytest.mark.slow
+
 ORACLE = ("test_packed_rows_equal_the_oracle", "test_rows_without_documents_equal_the_oracle")
 REACH = ("test_a_token_reaches_all_who_may_see_it_and_no_other", "test_a_gradient_reaches_only_what_was_seen")
 DOCUMENTS = ("test_documents_do_not_leak", "test_packed_equals_unpacked", "test_rows_that_see_nothing")

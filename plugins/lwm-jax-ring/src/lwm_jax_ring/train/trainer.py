@@ -225,7 +225,7 @@ class JaxTrainer:
         return {
             "framework": "jax",
             "versions": {"jax": jax.__version__},
-            "devices": len(jax.devices()),
+            "device_count": len(jax.devices()),
             "device_kind": device.device_kind,
             "platform": device.platform,
             "compute_dtype": self.options.compute_dtype,

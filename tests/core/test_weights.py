@@ -1,0 +1,143 @@
+"""Model folders, with the safetensors library as the independent reader and writer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from lwm_core.errors import CheckpointError
+from lwm_core.model import ModelConfig, canonical_shapes, preset
+from lwm_core.rope import RopeSpec
+from lwm_core.vocab import Vocabulary
+from lwm_core.weights import read_model_config, read_model_folder, write_model_folder
+from safetensors.numpy import load_file, save_file
+
+ROPE = RopeSpec(5e5, tuple(1.0 / (1 + i) for i in range(4)), 1.1)
+
+
+def model(**changes: Any) -> ModelConfig:
+    values = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, **changes}
+    return preset("debug", Vocabulary(40, 12, 8), **values)
+
+
+def arrays(config: ModelConfig) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in canonical_shapes(config).items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_reads_back_as_it_was_written(tmp_path: Path, dtype: Any, tied: bool) -> None:
+    config = model(tie_embeddings=tied)
+    values = arrays(config)
+    write_model_folder(tmp_path, config, ROPE, 512, reversed(values.items()), dtype)
+    read = read_model_folder(tmp_path)
+    assert (read.model, read.rope, read.seq_len) == (config, ROPE, 512)
+    assert set(read.parameters) == set(values)
+    target = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    for name, value in values.items():
+        assert read.parameters[name].dtype == target
+        assert np.array_equal(read.parameters[name], value.astype(target)), name
+
+
+def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+    config = model()
+    values = arrays(config)
+    write_model_folder(tmp_path, config, ROPE, 512, values.items())
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert {name: value.tobytes() for name, value in loaded.items()} == {n: v.tobytes() for n, v in values.items()}
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    config = model()
+    values = arrays(config)
+    write_model_folder(tmp_path, config, ROPE, 512, values.items())
+    save_file(dict(reversed(values.items())), tmp_path / "model.safetensors")
+    read = read_model_folder(tmp_path).parameters
+    assert all(np.array_equal(read[name], value) for name, value in values.items())
+
+
+def test_a_plain_hugging_face_configuration_is_a_text_only_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 100,
+                "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-6, "rope_theta": 5e5, "max_position_embeddings": 8192,
+            }
+        )
+    )  # fmt: skip
+    config, rope, seq_len = read_model_config(tmp_path)
+    assert config.vocabulary == Vocabulary(100) and config.head_dim == 16 and config.rms_norm_eps == 1e-6
+    assert rope == RopeSpec(5e5) and seq_len == 8192
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": 41}, "vocab_size is 41"),
+        ({"lwm": None, "rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+    ],
+)
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    config = model()
+    write_model_folder(tmp_path, config, ROPE, 512, arrays(config).items())
+    values = json.loads((tmp_path / "config.json").read_text()) | change
+    if change.get("hidden_size", 0) is None:
+        del values["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_mismatch_is_named(tmp_path: Path) -> None:
+    config = model()
+    values = arrays(config)
+    write_model_folder(tmp_path, config, ROPE, 512, values.items())
+    values["model.norm.bias"] = values.pop("model.norm.weight")
+    values["lm_head.weight"] = values["lm_head.weight"][:-1]
+    save_file(values, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        read_model_folder(tmp_path)
+    for part in ("1 missing: model.norm.weight", "1 unknown: model.norm.bias", "lm_head.weight is (51, 16)", "(52, 16)"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "empty", "missing"])
+def test_a_damaged_file_is_refused_and_a_pickle_never_loaded(tmp_path: Path, damage: str) -> None:
+    config = model()
+    write_model_folder(tmp_path, config, ROPE, 512, arrays(config).items())
+    path = tmp_path / "model.safetensors"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"truncated": path.read_bytes()[:-1], "pickle": pickle.dumps({"a": 1}), "empty": b""}[damage]
+        )
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        read_model_folder(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["missing", "unknown", "twice", "shape"])
+def test_writing_wrong_parameters_is_refused_and_leaves_no_model(tmp_path: Path, case: str) -> None:
+    config = model()
+    rows = list(arrays(config).items())
+    name, value = rows[3]
+    rows = {
+        "missing": rows[:-1],
+        "unknown": [*rows, ("model.extra", value)],
+        "twice": [*rows, (name, value)],
+        "shape": [*rows[:3], (name, value[:-1]), *rows[4:]],
+    }[case]
+    with pytest.raises(CheckpointError):
+        write_model_folder(tmp_path, config, ROPE, 512, iter(rows))
+    assert not (tmp_path / "model.safetensors").exists()
