@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float32]
 
 
 def _frozen(array: object, dtype: type) -> NDArray[np.generic]:
-    result = np.array(array, dtype=dtype, copy=True)
+    result: NDArray[np.generic] = np.array(array, dtype=dtype, copy=True)
     result.setflags(write=False)
     return result
 

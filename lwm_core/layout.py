@@ -77,7 +77,8 @@ class SequenceLayout:
         """``[S/world]`` int32: the natural indices of the tokens that ``rank`` holds, in slot order."""
         if not 0 <= rank < self.world:
             raise ShapeError(f"layout {self.kind!r}: rank {rank} is not one of {self.world}")
-        return self.permutation(seq_len).reshape(self.world, -1)[rank]
+        indices: NDArray[np.int32] = self.permutation(seq_len).reshape(self.world, -1)[rank]
+        return indices
 
     def runs(self, seq_len: int) -> list[list[slice]]:
         """For each rank, the natural-index slices that make up its slots in order (strided where striped)."""

@@ -147,12 +147,11 @@ def _named_shapes(c: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token: ``6·N + 6·L·H·D·S``, causal attention counted half.
 
-    N is the number of matrix parameters a token meets (an output head is counted, an embedding lookup is not). The
-    attention term is ``12·L·H·D·S`` (PaLM, arXiv 2204.02311, appendix B) halved for the causal mask. Recomputation
-    is not counted: this is the numerator of MFU.
+    N is the number of matrix parameters a token meets: the layers' matrices, and the output head's rows for text (a
+    target meets the slice of its own modality only); an embedding lookup is not counted. The attention term is
+    ``12·L·H·D·S`` (PaLM, arXiv 2204.02311, appendix B) halved for the causal mask. Recomputation is not counted: this
+    is the numerator of MFU.
     """
-    shapes = canonical_shapes(config)
-    matrices = sum(s[0] * s[1] for name, s in shapes.items() if "embed_tokens" not in name and len(s) == 2)
-    if config.tie_embeddings:
-        matrices += config.vocabulary.size * config.hidden_size
+    layers = sum(s[0] * s[1] for name, s in canonical_shapes(config).items() if ".layers." in name and len(s) == 2)
+    matrices = layers + config.vocabulary.text_size * config.hidden_size
     return 6.0 * matrices + 6.0 * config.num_layers * config.num_heads * config.head_dim * seq_len

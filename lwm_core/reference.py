@@ -97,7 +97,8 @@ def attention_backward(
 
 
 def _rms_norm(x: Float64, weight: Float64, eps: float) -> Float64:
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+    normed: Float64 = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 def _rotate(x: Float64, cos: Float64, sin: Float64) -> Float64:

@@ -119,7 +119,7 @@ name = "short"
 seq_len = 32
 tokens = {tokens}
 batch_tokens = 64
-lr = 20.0
+lr = 2.0
 warmup_steps = 3
 
 [[stages]]
@@ -128,7 +128,7 @@ seq_len = 64
 theta = 40_000.0
 tokens = {tokens}
 batch_tokens = 128
-lr = 10.0
+lr = 1.0
 lr_schedule = "cosine"
 
 [samples]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from lwm_core.config.document import KeyPath
+from lwm_core.config.document import KeyPath, origin_of
 from lwm_core.config.envelope import StageTable
 from lwm_core.config.load import LoadedConfig
-from lwm_core.errors import LwmError, PluginError
+from lwm_core.errors import ConfigError, LwmError, PluginError
 from lwm_core.mesh import data_ranks, resolve_mesh
 from lwm_core.model import ModelConfig, preset
 from lwm_core.pipeline.select import Plugged, Problems, Selection, check_options
@@ -142,7 +142,16 @@ class Pipeline:
         return cast(AttentionFactory, self.registry.load("attention", self.selection.attention.label))
 
     def _call(self, plugged: Plugged, *context: object) -> object:
-        return cast(Any, self.registry.load(plugged.kind, plugged.label))(plugged.options, *context)
+        factory = cast(Any, self.registry.load(plugged.kind, plugged.label))
+        try:
+            return cast(object, factory(plugged.options, *context))
+        except ConfigError:
+            raise
+        except LwmError as error:
+            # What a plugin finds wrong with its files or its device is told with the place that asked for it.
+            place = origin_of(self.loaded.origins, plugged.path)
+            error.args = (f"{place}: {error}" if place is not None else str(error),)
+            raise
 
 
 def build(

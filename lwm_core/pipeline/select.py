@@ -203,7 +203,8 @@ class _Check:
             return {"gqa": model.num_kv_heads < model.num_heads, "head_dim": model.head_dim}
         table = self._loaded.config.model
         if table.preset not in PRESETS:
-            self._problems.add(("model", "preset"), f"unknown preset; expected one of {', '.join(PRESETS)}")
+            known = ", ".join(PRESETS)
+            self._problems.add(("model", "preset"), f"unknown preset {table.preset!r}; expected one of {known}")
             return {}
         values: dict[str, Any] = {
             **PRESETS[table.preset], **table.model_dump(exclude_none=True, exclude={"preset"})

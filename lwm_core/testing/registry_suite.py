@@ -61,7 +61,8 @@ class PluginSuite(Suite):
     def test_its_modules_are_named_in_full(self) -> None:
         """A framework's plugin says that it needs the framework, so that its absence is told before the import."""
         spec = Registry.from_environment().spec(self.kind, self.name)
-        assert spec.framework is None or spec.framework in spec.needs
+        named = spec.framework is None or spec.framework in spec.needs
+        assert named, f"framework {spec.framework!r} is not among needs {spec.needs}"
 
     def test_its_options_describe_themselves(self) -> None:
         """Every option has a description and its defaults are valid; the schema survives JSON."""

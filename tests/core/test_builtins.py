@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lwm_core.builtins.byte_tokens import BytesTokenizer
 from lwm_core.builtins.text_rows import TextFileOptions, TextFileSource
 from lwm_core.errors import DataError, ShapeError
@@ -73,7 +74,8 @@ def test_ranks_hold_slices_of_one_global_batch(step: int, stage: int, seed: int)
 
 def test_steps_stages_and_seeds_give_other_rows() -> None:
     def rows(seed: int, stage: int, step: int) -> bytes:
-        return source("shipped:genesis", Path("."), seed=seed).open(FeedRequest(stage, 64, 4)).batch(step).tokens.tobytes()
+        feed = source("shipped:genesis", Path("."), seed=seed).open(FeedRequest(stage, 64, 4))
+        return feed.batch(step).tokens.tobytes()
 
     assert rows(0, 0, 0) == rows(0, 0, 0)
     assert len({rows(0, 0, 0), rows(1, 0, 0), rows(0, 1, 0), rows(0, 0, 1)}) == 4

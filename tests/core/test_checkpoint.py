@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from lwm_core import checkpoint
 from lwm_core.checkpoint import (
     MANIFEST,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lwm_core.metrics import MetricsLog, cut_after, mfu, read_metrics
 from lwm_core.model import preset, training_flops_per_token
 from lwm_core.vocab import Vocabulary

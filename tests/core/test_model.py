@@ -70,6 +70,11 @@ def test_training_flops_by_hand(tied: bool) -> None:
     assert training_flops_per_token(model, 100) == 6 * (2 * (48 + 24 + 24 + 48 + 180) + 66) + 6 * 2 * 4 * 2 * 100
 
 
+def test_a_text_target_meets_the_text_rows_of_the_head_alone() -> None:
+    with_vision = with_vocabulary(TOY, Vocabulary(11, vision_size=60, vision_codes=50))
+    assert training_flops_per_token(with_vision, 100) == training_flops_per_token(TOY, 100)
+
+
 def test_attention_dominates_at_a_million_tokens() -> None:
     """94.5% of Llama 3 8B's 6N + attention at 2^20 tokens, 68% at 128K: the field's figures, N all parameters."""
     model = preset("llama3-8b", Vocabulary(128_256))

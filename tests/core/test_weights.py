@@ -10,12 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from lwm_core.errors import CheckpointError
 from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
 from lwm_core.weights import read_model_config, read_model_folder, write_model_folder
-from safetensors.numpy import load_file, save_file
 
 ROPE = RopeSpec(5e5, tuple(1.0 / (1 + i) for i in range(4)), 1.1)
 
@@ -108,7 +109,8 @@ def test_every_mismatch_is_named(tmp_path: Path) -> None:
     save_file(values, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         read_model_folder(tmp_path)
-    for part in ("1 missing: model.norm.weight", "1 unknown: model.norm.bias", "lm_head.weight is (51, 16)", "(52, 16)"):
+    parts = ("1 missing: model.norm.weight", "1 unknown: model.norm.bias", "lm_head.weight is (51, 16)", "(52, 16)")
+    for part in parts:
         assert part in str(caught.value)
 
 

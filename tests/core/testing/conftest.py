@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,20 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def planted_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def acme_site(tmp_path_factory: pytest.TempPathFactory, planted: Callable[..., None]) -> Path:
     """A folder for ``sys.path`` that holds the distribution."""
     site = tmp_path_factory.mktemp("site")
     shutil.copytree(HERE / "planted" / "acme_numpy", site / "acme_numpy", ignore=shutil.ignore_patterns("__pycache__"))
-    info = site / "acme_numpy-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-numpy\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[lwm.attention.v1]\nacme-numpy = acme_numpy._lwm:attention\n")
+    names = ("acme-numpy", "acme-heavy", "acme-silent", "acme-hollow")
+    points = {name: f"acme_numpy._lwm:{name.partition('-')[2]}" for name in names}
+    planted(site, "acme-numpy", {"lwm.attention.v1": {**points, "acme-heavy": "acme_numpy.heavy:heavy"}})
     return site
 
 
 @pytest.fixture
-def planted(planted_site: Path, monkeypatch: pytest.MonkeyPatch):
+def acme(acme_site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """``acme-numpy`` installed in this process and, through its path, in the workers."""
-    monkeypatch.syspath_prepend(os.fspath(planted_site))
+    monkeypatch.syspath_prepend(os.fspath(acme_site))
     registry.refresh()
     yield "acme-numpy"
     close_workers()

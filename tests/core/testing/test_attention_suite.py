@@ -123,7 +123,7 @@ def _selection(file: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(planted_site: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(acme_site: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Class → test → the outcomes of its cases."""
     folder = tmp_path_factory.mktemp("kit")
     file, report = folder / "test_mutants.py", folder / "report.xml"
@@ -132,7 +132,7 @@ def outcomes(planted_site: Path, tmp_path_factory: pytest.TempPathFactory) -> Ou
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", f"--rootdir={folder}",
          f"--junitxml={report}", *_selection(file)],
         capture_output=True, text=True, check=False, timeout=500, cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(planted_site), *filter(None, sys.path)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(acme_site), *filter(None, sys.path)])},
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     found: Outcomes = {}

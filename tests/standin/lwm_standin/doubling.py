@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lwm_core.protocols import Stage, StartModel, WeightsBundle
 from lwm_core.rope import RopeSpec
-
 from lwm_standin.options import DoublingOptions
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lwm_core.protocols import EvalContext
-
 from lwm_standin.options import TallyOptions
 
 

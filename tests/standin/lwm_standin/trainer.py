@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from lwm_core.batch import PackedBatch
 from lwm_core.errors import CheckpointError
 from lwm_core.layout import SequenceLayout
 from lwm_core.mesh import resolve_mesh
 from lwm_core.model import canonical_shapes
 from lwm_core.protocols import SamplingSpec, Stage, TrainerContext
-
 from lwm_standin.options import TrainerOptions
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -48,7 +48,7 @@ class StandinTrainer:
         self._names = (EMBED, EMBED if context.model.tie_embeddings else HEAD)
         random = np.random.default_rng(context.seed)
         self._parameters = {
-            name: (np.ones(shape, np.float32) if len(shape) == 1 else random.normal(0, 0.02, shape).astype(np.float32))
+            name: (np.ones(shape, np.float32) if len(shape) == 1 else random.normal(0, 0.3, shape).astype(np.float32))
             for name, shape in canonical_shapes(context.model).items()
         }
         self._momentum: dict[str, Any] = {}

@@ -11,8 +11,7 @@ attention = PluginSpec(
     framework="jax",
     devices=("cpu", "gpu", "tpu"),
     capabilities={
-        "masks": ("causal", "full", "block_causal"),
-        "window": True,
+        "masks": ("causal", "full", "block_causal", "window"),
         "segment_ids": True,
         "gqa": True,
         "dtypes": ("float32", "bfloat16"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+
 from lwm_core.errors import ShapeError
 
 PEAK_BF16_FLOPS = {
@@ -28,10 +30,8 @@ def ensure_devices(count: int) -> None:
     Raises:
         ShapeError: JAX has started with another number of devices than that, or has fewer accelerators.
     """
-    try:
+    with suppress(RuntimeError):  # JAX has started; what it sees is checked below
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX has started; what it sees is checked below
     if len(jax.devices()) < count:
         raise ShapeError(
             f"jax: {count} devices are asked for, but JAX sees {len(jax.devices())}; "

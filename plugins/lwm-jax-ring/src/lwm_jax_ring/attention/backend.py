@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.layout import SequenceLayout
 from lwm_core.protocols import AttentionAxes
-from numpy.typing import NDArray
-
 from lwm_jax_ring.attention.options import AttentionOptions
 from lwm_jax_ring.attention.ring import RingSpec, ring_attention, ring_forward
 

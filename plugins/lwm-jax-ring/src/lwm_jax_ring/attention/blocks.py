@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from lwm_core.attention import AttentionMask
 from lwm_core.layout import SequenceLayout
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
 from lwm_core.attention import AttentionMask
 from lwm_core.layout import SequenceLayout
-
 from lwm_jax_ring.attention.blocks import (
     Keys,
     Queries,

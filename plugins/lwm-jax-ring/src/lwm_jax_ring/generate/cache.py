@@ -1,4 +1,4 @@
-"""The KV cache: the prompt's part stays where prefill left it, spread over ``sp``; new tokens go to a part of their own.
+"""The KV cache: the prompt's part stays where prefill left it, spread over ``sp``; new tokens have a part of their own.
 
 Every slot of the prompt carries its token's index, so that nothing infers order from a slot.
 

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import NDArray
+
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import ShapeError
 from lwm_core.mesh import data_ranks
 from lwm_core.protocols import AttentionAxes, SamplingSpec
-from numpy.typing import NDArray
-
 from lwm_jax_ring.generate.cache import Cache, attend_cached
 from lwm_jax_ring.generate.sample import sample
 from lwm_jax_ring.model.llama import Compute

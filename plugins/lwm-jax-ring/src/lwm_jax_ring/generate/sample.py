@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
 from lwm_core.protocols import SamplingSpec
 
 

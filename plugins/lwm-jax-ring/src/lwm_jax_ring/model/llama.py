@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
 from lwm_core.model import ModelConfig
 from lwm_core.rope import RopeSpec
-
 from lwm_jax_ring.attention.ring import LSE_NAME, OUT_NAME
 from lwm_jax_ring.model.rope import rope_tables, rotate
 
@@ -100,17 +100,24 @@ class FeedForward(nnx.Module):
 
 
 class Chunks:
-    """Applies a function to slices of each rank's tokens, one slice at a time, rematerialised: blockwise parallel
-    feed-forward (arXiv 2305.19370)."""
+    """Cuts a batch into slices of at most ``chunk`` tokens a device (or a token a row, if that is more), and applies
+    functions to one slice at a time, rematerialised: blockwise parallel feed-forward (arXiv 2305.19370).
 
-    def __init__(self, ranks: int, chunk: int) -> None:
-        self.ranks, self.chunk = ranks, chunk
+    Args:
+        chunk: tokens of a device in a slice.
+        ranks: devices that the sequence is dealt to.
+        data_ranks: devices that the rows are dealt to.
+    """
+
+    def __init__(self, chunk: int, ranks: int, data_ranks: int) -> None:
+        self.chunk, self.ranks, self.data_ranks = chunk, ranks, data_ranks
 
     def split(self, x: jax.Array) -> jax.Array:
         """``[B,S,...]`` → ``[N, B, ranks, chunk, ...]``: the slices first, each rank's part still on its rank."""
         rows, length = x.shape[:2]
         local = length // self.ranks
-        size = next(s for s in range(min(self.chunk, local), 0, -1) if local % s == 0)
+        limit = max(1, self.chunk * self.data_ranks // rows)
+        size = next(s for s in range(min(limit, local), 0, -1) if local % s == 0)
         return jnp.moveaxis(x.reshape(rows, self.ranks, local // size, size, *x.shape[2:]), 2, 0)
 
     def map(self, function: Constrain, x: jax.Array) -> jax.Array:

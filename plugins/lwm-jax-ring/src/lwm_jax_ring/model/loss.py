@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from lwm_core.vocab import Vocabulary
 
+from lwm_core.vocab import Vocabulary
 from lwm_jax_ring.model.llama import Chunks
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
 from lwm_core.errors import CheckpointError
 from lwm_core.model import ModelConfig, canonical_shapes
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from lwm_core.rope import RopeSpec
 
 LOW = 1024

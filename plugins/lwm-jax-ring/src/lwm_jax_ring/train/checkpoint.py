@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
 from lwm_core.errors import CheckpointError
 
 STATE = "state"

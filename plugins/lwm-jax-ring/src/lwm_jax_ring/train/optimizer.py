@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from lwm_core.protocols import OptimizerSpec
 
 Tree = Any

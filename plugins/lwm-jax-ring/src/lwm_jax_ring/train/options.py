@@ -18,7 +18,7 @@ class TrainerOptions(BaseModel):
     remat: Literal["none", "full", "attention", "dots"] = Field(
         "attention", description="what a layer keeps for its backward pass; 'attention' never runs the ring twice"
     )
-    loss_chunk: int = Field(512, gt=0, description="tokens of a device whose logits exist at a time")
+    loss_chunk: int = Field(1024, gt=0, description="tokens of a device whose logits exist at a time")
     mlp_chunk: int | None = Field(
         None, gt=0, description="tokens of a device in the feed-forward at a time; all if unset"
     )

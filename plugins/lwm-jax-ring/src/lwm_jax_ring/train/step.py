@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from lwm_core.attention import AttentionMask
 from lwm_core.protocols import OptimizerSpec
 from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
-
 from lwm_jax_ring.model.llama import Chunks, Compute, Llama
 from lwm_jax_ring.model.loss import modality_sums, modality_weights
 from lwm_jax_ring.train.optimizer import update

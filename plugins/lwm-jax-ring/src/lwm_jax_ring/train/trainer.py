@@ -18,12 +18,12 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from lwm_core.batch import PackedBatch
 from lwm_core.errors import LwmError, ShapeError
 from lwm_core.layout import SequenceLayout
 from lwm_core.mesh import MESH_AXES, data_ranks, resolve_mesh
 from lwm_core.protocols import AttentionAxes, Metrics, Stage, TrainerContext
-
 from lwm_jax_ring.devices import ensure_devices, peak_flops
 from lwm_jax_ring.model.llama import Chunks, Compute, Llama
 from lwm_jax_ring.model.names import iter_canonical, stack_canonical
@@ -110,13 +110,17 @@ class JaxTrainer:
                 remat=self.options.remat,
                 constrain=lambda x: jax.lax.with_sharding_constraint(x, stream),
                 gather_table=lambda x: jax.lax.with_sharding_constraint(x, whole),
-                mlp_chunks=Chunks(sizes["sp"], self.options.mlp_chunk) if self.options.mlp_chunk else None,
+                mlp_chunks=self._chunks(self.options.mlp_chunk, sizes) if self.options.mlp_chunk else None,
             ),
-            loss_chunks=Chunks(sizes["sp"], self.options.loss_chunk),
+            loss_chunks=self._chunks(self.options.loss_chunk, sizes),
         )
         self.compiled_step = jax.jit(self.program.step, static_argnums=4, donate_argnums=(0, 1))
         self._evaluate = jax.jit(self.program.evaluate, static_argnums=2)
         self.__dict__.pop("_generator", None)
+
+    @staticmethod
+    def _chunks(chunk: int, sizes: Mapping[str, int]) -> Chunks:
+        return Chunks(chunk, sizes["sp"], data_ranks(sizes))
 
     @property
     def layout(self) -> SequenceLayout:

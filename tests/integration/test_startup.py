@@ -1,0 +1,56 @@
+"""The command answers at once, whatever is installed, and nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BUDGET = 0.150  # seconds over bare Python
+POISON_BUDGET = 0.020  # seconds more with a plugin whose module is heavy
+HELP = "import sys; from lwm_core.cli import main; sys.exit(main(['--help']))"
+
+
+def best(code: str, env: Mapping[str, str], tries: int = 9) -> float:
+    """The shortest of several runs: other work on the machine only ever adds."""
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], env=dict(env), check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_help_is_within_its_budget_and_a_heavy_plugin_costs_it_nothing(
+    lwm: Any, tmp_path: Path, planted: Any
+) -> None:
+    site = tmp_path / "poison"
+    kinds = ("trainer", "attention", "hooks", "cli", "eval")
+    planted(site, "lwm-poison", {f"lwm.{kind}.v1": {"poison": "lwm_poison:spec"} for kind in kinds})
+    heavy = "import time, pathlib\ntime.sleep(3)\npathlib.Path(__file__ + '.ran').touch()\n"
+    (site / "lwm_poison.py").write_text(heavy)
+    bare = best("pass", lwm.env)
+    clean = best(HELP, lwm.env)
+    poisoned = best(HELP, {**lwm.env, "PYTHONPATH": f"{lwm.env['PYTHONPATH']}:{site}"})
+    assert not (site / "lwm_poison.py.ran").exists()
+    assert clean - bare <= BUDGET, f"lwm --help costs {1000 * (clean - bare):.0f} ms over bare Python"
+    assert poisoned - clean <= POISON_BUDGET, f"a heavy plugin costs {1000 * (poisoned - clean):.0f} ms"
+
+
+def test_neither_help_nor_the_core_imports_a_framework(lwm: Any) -> None:
+    heavy = "('jax', 'torch', 'flax', 'numpy', 'pydantic', 'rich', 'pluggy')"
+    code = f"""
+import sys
+from lwm_core.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+assert not [name for name in {heavy} if name in sys.modules], [name for name in {heavy} if name in sys.modules]
+import lwm_core.pipeline, lwm_core.run, lwm_core.weights, lwm_core.progress, lwm_core.builtins.text_rows
+assert not [name for name in ("jax", "torch", "flax") if name in sys.modules]
+"""
+    subprocess.run([sys.executable, "-c", code], env=lwm.env, check=True, capture_output=True)
