@@ -25,27 +25,35 @@ PROMPT_END = (
     "Keep your response short and direct. ASSISTANT:"
 )
 
-CITIES: tuple[str, ...] = tuple(
-    """Aachen Abidjan Accra Adelaide Agra Aleppo Algiers Almaty Amman Amsterdam Ankara Antwerp Asmara Astana Asuncion
-    Athens Atlanta Auckland Austin Baghdad Baku Bamako Bandung Bangkok Bangui Barcelona Bari Basel Basra Beijing Beirut
-    Belfast Belgrade Bergen Berlin Bern Bilbao Bishkek Bogota Bologna Bonn Bordeaux Boston Brasilia Bremen Brighton
-    Brisbane Bristol Brno Brussels Bucharest Budapest Bursa Busan Cairo Calgary Cali Canberra Caracas Cardiff Casablanca
-    Chengdu Chennai Chicago Cologne Colombo Conakry Copenhagen Cordoba Cork Curitiba Dakar Dallas Damascus Darwin Davao
-    Delhi Denver Detroit Dhaka Djibouti Dodoma Doha Donetsk Dortmund Dresden Dublin Dubai Dundee Durban Dushanbe
-    Edinburgh Essen Fez Florence Frankfurt Freetown Fukuoka Gaborone Galway Gdansk Geneva Genoa Ghent Giza Glasgow Goa
-    Graz Grenoble Guayaquil Hamburg Hanoi Hanover Harare Havana Helsinki Hiroshima Hobart Houston Hyderabad Ibadan Incheon
-    Islamabad Istanbul Izmir Jaipur Jakarta Jeddah Johannesburg Kabul Kampala Kano Karachi Kathmandu Kazan Khartoum
-    Kiev Kigali Kingston Kinshasa Kobe Kolkata Krakow Kumasi Kyoto Lagos Lahore Leeds Leipzig Libreville Lille Lima
-    Lisbon Liverpool Ljubljana Lodz London Luanda Lusaka Luxembourg Lviv Lyon Macau Madrid Malaga Malmo Managua Manaus
-    Manchester Manila Maputo Marrakesh Marseille Medellin Melbourne Memphis Miami Milan Minsk Mombasa Monaco Montevideo
-    Montreal Moscow Mosul Mumbai Munich Muscat Nagoya Nairobi Nanjing Nantes Naples Nashville Nassau Niamey Nice Nicosia
-    Nottingham Nuremberg Odessa Osaka Oslo Ottawa Oxford Palermo Paris Patna Perth Philadelphia Phoenix Pisa Porto
-    Portland Poznan Prague Pretoria Pune Quebec Quito Rabat Recife Reykjavik Riga Riyadh Rome Rosario Rotterdam Salvador
-    Salzburg Santiago Santos Sapporo Sarajevo Seattle Seoul Seville Shanghai Sheffield Singapore Skopje Sofia Stockholm
-    Strasbourg Stuttgart Surabaya Surat Sydney Taipei Tallinn Tampa Tampere Tashkent Tbilisi Tehran Tirana Tokyo Toronto
-    Toulouse Tripoli Tunis Turin Utrecht Valencia Valparaiso Vancouver Venice Vienna Vientiane Vilnius Warsaw Wellington
-    Windhoek Winnipeg Wuhan Yaounde Yerevan Yokohama Zagreb Zanzibar Zaragoza Zurich""".split()
-)
+CITIES: tuple[str, ...] = (
+    "Aachen", "Abidjan", "Accra", "Adelaide", "Agra", "Aleppo", "Algiers", "Almaty", "Amman", "Amsterdam", "Ankara",
+    "Antwerp", "Asmara", "Astana", "Asuncion", "Athens", "Atlanta", "Auckland", "Austin", "Baghdad", "Baku", "Bamako",
+    "Bandung", "Bangkok", "Bangui", "Barcelona", "Bari", "Basel", "Basra", "Beijing", "Beirut", "Belfast", "Belgrade",
+    "Bergen", "Berlin", "Bern", "Bilbao", "Bishkek", "Bogota", "Bologna", "Bonn", "Bordeaux", "Boston", "Brasilia",
+    "Bremen", "Brighton", "Brisbane", "Bristol", "Brno", "Brussels", "Bucharest", "Budapest", "Bursa", "Busan", "Cairo",
+    "Calgary", "Cali", "Canberra", "Caracas", "Cardiff", "Casablanca", "Chengdu", "Chennai", "Chicago", "Cologne",
+    "Colombo", "Conakry", "Copenhagen", "Cordoba", "Cork", "Curitiba", "Dakar", "Dallas", "Damascus", "Darwin", "Davao",
+    "Delhi", "Denver", "Detroit", "Dhaka", "Djibouti", "Dodoma", "Doha", "Donetsk", "Dortmund", "Dresden", "Dublin",
+    "Dubai", "Dundee", "Durban", "Dushanbe", "Edinburgh", "Essen", "Fez", "Florence", "Frankfurt", "Freetown",
+    "Fukuoka", "Gaborone", "Galway", "Gdansk", "Geneva", "Genoa", "Ghent", "Giza", "Glasgow", "Goa", "Graz", "Grenoble",
+    "Guayaquil", "Hamburg", "Hanoi", "Hanover", "Harare", "Havana", "Helsinki", "Hiroshima", "Hobart", "Houston",
+    "Hyderabad", "Ibadan", "Incheon", "Islamabad", "Istanbul", "Izmir", "Jaipur", "Jakarta", "Jeddah", "Johannesburg",
+    "Kabul", "Kampala", "Kano", "Karachi", "Kathmandu", "Kazan", "Khartoum", "Kiev", "Kigali", "Kingston", "Kinshasa",
+    "Kobe", "Kolkata", "Krakow", "Kumasi", "Kyoto", "Lagos", "Lahore", "Leeds", "Leipzig", "Libreville", "Lille",
+    "Lima", "Lisbon", "Liverpool", "Ljubljana", "Lodz", "London", "Luanda", "Lusaka", "Luxembourg", "Lviv", "Lyon",
+    "Macau", "Madrid", "Malaga", "Malmo", "Managua", "Manaus", "Manchester", "Manila", "Maputo", "Marrakesh",
+    "Marseille", "Medellin", "Melbourne", "Memphis", "Miami", "Milan", "Minsk", "Mombasa", "Monaco", "Montevideo",
+    "Montreal", "Moscow", "Mosul", "Mumbai", "Munich", "Muscat", "Nagoya", "Nairobi", "Nanjing", "Nantes", "Naples",
+    "Nashville", "Nassau", "Niamey", "Nice", "Nicosia", "Nottingham", "Nuremberg", "Odessa", "Osaka", "Oslo", "Ottawa",
+    "Oxford", "Palermo", "Paris", "Patna", "Perth", "Philadelphia", "Phoenix", "Pisa", "Porto", "Portland", "Poznan",
+    "Prague", "Pretoria", "Pune", "Quebec", "Quito", "Rabat", "Recife", "Reykjavik", "Riga", "Riyadh", "Rome",
+    "Rosario", "Rotterdam", "Salvador", "Salzburg", "Santiago", "Santos", "Sapporo", "Sarajevo", "Seattle", "Seoul",
+    "Seville", "Shanghai", "Sheffield", "Singapore", "Skopje", "Sofia", "Stockholm", "Strasbourg", "Stuttgart",
+    "Surabaya", "Surat", "Sydney", "Taipei", "Tallinn", "Tampa", "Tampere", "Tashkent", "Tbilisi", "Tehran", "Tirana",
+    "Tokyo", "Toronto", "Toulouse", "Tripoli", "Tunis", "Turin", "Utrecht", "Valencia", "Valparaiso", "Vancouver",
+    "Venice", "Vienna", "Vientiane", "Vilnius", "Warsaw", "Wellington", "Windhoek", "Winnipeg", "Wuhan", "Yaounde",
+    "Yerevan", "Yokohama", "Zagreb", "Zanzibar", "Zaragoza", "Zurich",
+)  # fmt: skip
 
 
 def cities(split: Split) -> tuple[str, ...]:

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# No deadline: a shared machine may stall for longer than any example should take, and that is no failure.
+settings.register_profile("lwm", deadline=None)
+settings.load_profile("lwm")
 
 STANDIN = Path(__file__).parent / "standin"
 

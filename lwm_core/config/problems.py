@@ -128,17 +128,26 @@ def _finding(
 def _path(
     location: tuple[int | str, ...], model: type[BaseModel], origins: Origins, prefix: KeyPath, *, last_is_key: bool
 ) -> tuple[KeyPath, bool]:
-    """The key path in a pydantic location, which also names the alternatives of unions; whether it named any."""
-    path: KeyPath = ()
-    branch = False
+    """The key path in a pydantic location, which also names the alternatives of unions; whether it named any.
+
+    An alternative may be called like a key of its neighbour (``kind = "text"`` beside a key ``text``), so every reading
+    is tried: the one that leaves out least is taken, and of those one that stands in the document.
+    """
+    readings: list[tuple[int, KeyPath]] = [(0, ())]
     for position, part in enumerate(location):
-        below = (*path, part)
         is_last = position == len(location) - 1
-        if (*prefix, *below) in origins or field_at(model, below) is not None or (is_last and last_is_key):
-            path = below
-        else:
-            branch = True
-    return path, branch
+        longer: list[tuple[int, KeyPath]] = []
+        for left_out, path in readings:
+            below = (*path, part)
+            if (*prefix, *below) in origins or field_at(model, below) is not None or (is_last and last_is_key):
+                longer.append((left_out, below))
+            longer.append((left_out + 1, path))
+        readings = longer
+    last = location[-1:]
+    left_out, path = min(
+        readings, key=lambda one: (one[0], (*prefix, *one[1]) not in origins, one[1][-1:] != last, -len(one[1]))
+    )
+    return path, left_out > 0
 
 
 def _blamed(path: KeyPath, message: str, origins: Origins, prefix: KeyPath) -> KeyPath:

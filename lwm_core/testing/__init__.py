@@ -13,6 +13,7 @@ The suites need pytest; :func:`attention_harness` and the tolerance helper need 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -49,13 +50,23 @@ __all__ = [
 ]
 
 
+def _rewrite_asserts() -> None:
+    """An installed suite's asserts tell what they compared only when pytest rewrites them, before they are imported."""
+    import pytest
+
+    modules = {f"{__name__}.{module}" for module in ("suite", *_SUITES.values())}
+    pytest.register_assert_rewrite(*sorted(modules - sys.modules.keys()))
+
+
+# Under pytest at once: a test may import a suite's module itself, and not through this package.
+if "pytest" in sys.modules:
+    _rewrite_asserts()
+
+
 def __getattr__(name: str) -> object:
     if name not in _SUITES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import pytest
-
-    # An installed suite's asserts tell what they compared only when pytest rewrites them.
-    pytest.register_assert_rewrite(f"{__name__}.suite", *(f"{__name__}.{module}" for module in set(_SUITES.values())))
+    _rewrite_asserts()
     value: object = getattr(import_module(f"{__name__}.{_SUITES[name]}"), name)
     globals()[name] = value
     return value

@@ -51,7 +51,7 @@ def test_training_lowers_the_loss(make_trainer: Callable[..., Any], batch: Packe
     trainer = make_trainer("1,1,1,8")
     rows = permuted(trainer, batch)
     losses = [trainer.step(rows, step)["loss"] for step in range(8)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("mesh", ["1,1,1,8", "1,2,2,2"])
@@ -81,9 +81,9 @@ def test_a_checkpoint_of_another_model_is_refused(
     trainer = make_trainer("1,1,1,8")
     trainer.save(tmp_path).wait()
     other = make_trainer("1,1,1,8", model=replace(config, num_layers=1))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"shape \(2, .* the model needs \(1, .* another model"):
         other.restore(tmp_path)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="there is no 'state'"):
         trainer.restore(tmp_path / "nothing")
 
 

@@ -75,16 +75,17 @@ class JaxGenerator:
         self._check([ids], at_least=2)
         slots, order = self._slots(len(ids))
         backend = self._backend(slots)
-        row = np.zeros((1, slots), np.int32)
-        row[0, : len(ids)] = ids
+        rows = data_ranks(dict(self._trainer.mesh.shape))  # one for each data rank, all the same
+        row = np.zeros((rows, slots), np.int32)
+        row[:, : len(ids)] = ids
         targets = np.roll(row, -1, axis=1)
-        segments = (np.arange(slots) < len(ids)).astype(np.int32)[None]
+        positions = np.tile(np.arange(slots, dtype=np.int32), (rows, 1))
+        segments = (positions < len(ids)).astype(np.int32)
         key = ("score", slots)
         if key not in self._programs:
             self._programs[key] = jax.jit(partial(self._score, backend, slots))
-        placed = [self._put(x[:, order], P(None, "sp")) for x in (row, targets, segments)]
-        position = self._put(np.arange(slots, dtype=np.int32)[None][:, order], P(None, "sp"))
-        scores = np.asarray(self._programs[key](self._trainer.parameters, *placed, position))
+        placed = [self._put(x[:, order], P(ROWS, "sp")) for x in (row, targets, segments, positions)]
+        scores = np.asarray(self._programs[key](self._trainer.parameters, *placed))
         natural = scores[:, backend.layout.inverse(slots)]
         return natural[0, : len(ids) - 1]
 
@@ -218,7 +219,7 @@ class JaxGenerator:
         self, backend: Any, slots: int, parameters: Any, tokens: jax.Array, targets: jax.Array,
         segments: jax.Array, positions: jax.Array,
     ) -> jax.Array:  # fmt: skip
-        """``[1,P]`` float32 log-probability of each target, permuted, in slices of the sequence."""
+        """``[B,P]`` float32 log-probability of each target, permuted, in slices of the sequence."""
         t = self._trainer
         model = t.merge(parameters)
         vocabulary = t.context.model.vocabulary

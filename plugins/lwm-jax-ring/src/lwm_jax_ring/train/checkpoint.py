@@ -39,11 +39,30 @@ def restore(checkpointer: ocp.StandardCheckpointer, folder: Path, like: Any) -> 
     """Read into the shapes, dtypes and shardings of ``like``.
 
     Raises:
-        CheckpointError: the files do not hold such a tree.
+        CheckpointError: there is no such checkpoint, or it holds other arrays.
     """
+    source = Path(folder).absolute() / STATE
+    if not source.is_dir():
+        raise CheckpointError(f"checkpoint {folder}: there is no {STATE!r} in it; it was not written by trainer 'jax'")
+    _check_shapes(folder, _shapes(checkpointer.metadata(source).item_metadata.tree), _shapes(like))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    try:
-        return checkpointer.restore(Path(folder).absolute() / STATE, target)
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"checkpoint {folder}: does not hold this model and optimizer: {reason}") from error
+    return checkpointer.restore(source, target)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path in the tree → shape. Containers are told by their keys alone, for orbax gives tuples back as dicts."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _check_shapes(folder: Path, has: dict[str, tuple[int, ...]], needs: dict[str, tuple[int, ...]]) -> None:
+    """Before anything is read: an array of another shape would only fail deep inside the reader."""
+    for name in sorted(has.keys() | needs.keys()):
+        if has.get(name) != needs.get(name):
+            raise CheckpointError(
+                f"checkpoint {folder}: {name} has shape {has.get(name, 'none: it is missing')}, the model needs "
+                f"{needs.get(name, 'none: it has no such array')}; it belongs to another model"
+            )

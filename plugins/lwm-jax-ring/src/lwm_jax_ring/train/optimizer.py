@@ -44,7 +44,7 @@ def update(
     Returns:
         new parameters, new state, and the global gradient norm before clipping.
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, spec.clip_norm / jnp.maximum(norm, 1e-12))
     clipped = jax.tree.map(lambda g: g * scale, gradients)
     direction, state = moments(spec).update(clipped, state, parameters)

@@ -1,0 +1,101 @@
+"""The repository's tasks: ``nox -s tests``, ``lint`` and ``wheels``; ``constraints.txt`` pins what they install."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "tests"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT.glob(f"{kind}/*/pyproject.toml"))
+TEST_TOOLS = ("pytest", "hypothesis", "pyarrow", "entrypoints")
+LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
+MAX_CORE_WHEEL = 500_000  # bytes
+VENV_BIN = "Scripts" if sys.platform == "win32" else "bin"
+
+
+def editable(*folders: Path) -> list[str]:
+    """pip's arguments that install ``folders`` in place."""
+    return [word for folder in folders for word in ("-e", str(folder))]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Every test of the repository in one pytest; arguments after ``--`` go to pytest."""
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff everywhere, mypy --strict on the core, and who may import whom."""
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT), *LINT_TOOLS)
+    # The contracts read the plugins' source; what the plugins depend on is not imported for that.
+    session.install("--no-deps", *editable(*PLUGINS))
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+    session.run("lint-imports")
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build all distributions into dist/, then train with the core's and one trainer's wheel alone."""
+    session.install("-c", str(CONSTRAINTS), "build", "hatchling")
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for folder in (ROOT, *PLUGINS):
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist), str(folder), silent=True)
+    core = one_wheel(session, dist, "lwm_core")
+    check_core_wheel(session, core)
+
+    scratch = Path(session.create_tmp())
+    venv, runs = scratch / "clean", scratch / "runs"
+    for folder in (venv, runs):
+        shutil.rmtree(folder, ignore_errors=True)
+    runs.mkdir()
+    session.run("python", "-m", "venv", str(venv))
+    python, lwm = (str((venv / VENV_BIN / name).absolute()) for name in ("python", "lwm"))
+
+    def install(*wheel_files: Path) -> None:
+        session.run(python, "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *map(str, wheel_files),
+                    external=True)  # fmt: skip
+
+    # By file, not by name: an index can then offer nothing in their place.
+    install(core, one_wheel(session, dist, "lwm_jax_ring"))
+    with session.chdir(runs):  # outside the checkout, so that only what is installed can be imported
+        session.run(lwm, "run", "first-run", "--out", "first", external=True)
+        session.run(lwm, "resume", "first", external=True)
+        recipes = session.run(lwm, "recipes", "--json", external=True, silent=True)
+    if '"quickstart"' in str(recipes):
+        install(*sorted(dist.glob("*.whl")))
+        with session.chdir(runs):
+            session.run(lwm, "run", "quickstart", "--out", "quickstart", external=True)
+
+
+def one_wheel(session: nox.Session, dist: Path, name: str) -> Path:
+    """The only wheel of a distribution in ``dist``."""
+    found = sorted(dist.glob(f"{name}-*.whl"))
+    if len(found) != 1:
+        session.error(f"dist/: {len(found)} wheels of {name}; expected one")
+    return found[0].absolute()
+
+
+def check_core_wheel(session: nox.Session, wheel: Path) -> None:
+    """The core's wheel is small and holds lwm_core alone."""
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    foreign = sorted(top for top in tops if top != "lwm_core" and not top.endswith(".dist-info"))
+    if foreign or "lwm_core" not in tops:
+        session.error(f"{wheel.name}: holds {', '.join(foreign) or 'no lwm_core'}; expected lwm_core alone")
+    size = wheel.stat().st_size
+    if size >= MAX_CORE_WHEEL:
+        session.error(f"{wheel.name}: {size} bytes; expected fewer than {MAX_CORE_WHEEL}")
+    session.log(f"{wheel.name}: {size} bytes, lwm_core alone")

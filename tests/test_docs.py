@@ -1,0 +1,120 @@
+"""What the pages show works: recipes validate, commands parse, links lead somewhere, and cheap commands run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lwm_core import registry
+from lwm_core.cli import main
+from lwm_core.cli.main import make_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "plugins/*/*.md", "contrib/*/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+CHEAP = {"recipes", "plugins", "config", "doctor"}
+
+
+def _blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Page and text of each block of code in a language."""
+    for page in PAGES:
+        for found in FENCE.finditer(page.read_text()):
+            if found[1] == language:
+                yield str(page.relative_to(ROOT)), found[2]
+
+
+def _is_recipe(text: str) -> bool:
+    """Whether a block is a whole recipe and not an excerpt."""
+    table = tomllib.loads(text)
+    return "extends" in table or ("data" in table and ("stages" in table or "context" in table))
+
+
+RECIPES = [(page, text) for page, text in _blocks("toml") if _is_recipe(text)]
+SHELL = sorted({
+    line.split("  #")[0].strip() for _, text in _blocks("sh") for line in text.splitlines() if line.startswith("lwm ")
+})  # fmt: skip
+INLINE = sorted({word for page in PAGES for word in re.findall(r"(?<!`)`(lwm [^`\n]+)`(?!`)", page.read_text())})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a reader who wrote down the README's recipe stands."""
+    (tmp_path / "my-run.toml").write_text(next(text for page, text in RECIPES if page == "README.md"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("LWM_PLUGINS", "LWM_PLUGINS_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    registry.refresh()
+    return tmp_path
+
+
+def test_the_readme_shows_a_recipe_and_commands() -> None:
+    """What the tests below run over is there."""
+    assert "README.md" in {page for page, _ in RECIPES}
+    assert "lwm run first-run" in SHELL
+    assert any(command.split()[1] in CHEAP for command in SHELL)
+
+
+@pytest.mark.parametrize(("page", "text"), list(_blocks("toml")))
+def test_every_toml_block_reads(page: str, text: str) -> None:
+    """TOML in the pages is TOML."""
+    assert tomllib.loads(text), page
+
+
+@pytest.mark.parametrize(("page", "text"), RECIPES)
+def test_recipes_validate(page: str, text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe shown in a page is valid with the plugins of this repository."""
+    source = folder / "shown.toml"
+    source.write_text(text)
+    code = main(["config", "validate", str(source)])
+    assert code == 0, f"{page}: {capsys.readouterr()}"
+
+
+def test_a_wrong_option_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The check above can fail: the option of another plugin is refused."""
+    source = folder / "shown.toml"
+    source.write_text((folder / "my-run.toml").read_text().replace('"mix"', '"text-file"'))
+    assert main(["config", "validate", str(source)]) != 0
+    assert "weights" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("command", [*SHELL, *INLINE])
+def test_commands_parse(command: str) -> None:
+    """A command shown whole parses; one that is only named (``lwm config schema``, ``lwm report``) has its verb."""
+    parser, verbs = make_parser()
+    words = shlex.split(command)[1:]
+    if command in SHELL:
+        assert parser.parse_args(words).verb == words[0]
+        return
+    for word in words:
+        assert word in verbs.choices, f"{command}: there is no {word!r}"
+        inner = [a for a in verbs.choices[word]._actions if isinstance(a, argparse._SubParsersAction)]
+        if not inner:
+            return
+        verbs = inner[0]
+
+
+@pytest.mark.parametrize("command", [command for command in SHELL if command.split()[1] in CHEAP])
+def test_cheap_commands_run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commands that only look at things do so without an error."""
+    code = main(shlex.split(command)[1:])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert shown.out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    """A relative link names a file that is there."""
+    missing = [target for target in LINK.findall(page.read_text()) if not (page.parent / target).exists()]
+    assert not missing
