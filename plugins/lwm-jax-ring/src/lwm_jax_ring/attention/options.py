@@ -17,5 +17,5 @@ class AttentionOptions(BaseModel):
         "zigzag", description="how tokens are dealt to ranks; zigzag evens out causal work"
     )
     kernel: Literal["xla"] = Field("xla", description="what computes a block between two transfers")
-    query_chunk: int = Field(512, gt=0, description="queries computed at a time, in tokens")
-    key_chunk: int = Field(512, gt=0, description="keys computed at a time, in tokens")
+    query_chunk: int = Field(256, gt=0, description="queries computed at a time, in tokens")
+    key_chunk: int = Field(256, gt=0, description="keys computed at a time, in tokens")

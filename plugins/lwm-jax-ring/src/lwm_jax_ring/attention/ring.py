@@ -12,6 +12,7 @@ Shapes, all of one rank: B batch, C tokens, H query heads, K key-value heads, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,6 +68,11 @@ def _send(x: Any, spec: RingSpec) -> Any:
     return jax.tree.map(lambda leaf: lax.ppermute(leaf, spec.axis, pairs), x)
 
 
+def _hops(step: Callable[[jax.Array, Any], Any], carry: Any, spec: RingSpec) -> Any:
+    """``step`` for every hop but the last, which has nothing to wait for and so is the caller's."""
+    return carry if spec.world == 1 else lax.fori_loop(0, spec.world - 1, step, carry)
+
+
 def _source(hop: jax.Array | int, spec: RingSpec) -> jax.Array | int:
     """The rank whose keys are here at ``hop``."""
     return 0 if spec.world == 1 else (lax.axis_index(spec.axis) - hop) % spec.world
@@ -115,7 +121,7 @@ def ring_forward(
         incoming = _send(here, spec)
         return compute(hop, state, here), incoming
 
-    state, here = lax.fori_loop(0, spec.world - 1, step, (xla.start(split_q), (k, v, segments)))
+    state, here = _hops(step, (xla.start(split_q), (k, v, segments)), spec)
     out, lse = xla.finish(compute(spec.world - 1, state, here))
     length = q.shape[1]
     return (
@@ -160,7 +166,7 @@ def ring_backward(
 
     zero_kv = jnp.zeros_like(xla.split_keys(k, key_chunk), dtype=jnp.float32)
     carry = (jnp.zeros(saved.q.shape, jnp.float32), (k, v, segments), (zero_kv, zero_kv))
-    dq, here, gradients = lax.fori_loop(0, spec.world - 1, step, carry)
+    dq, here, gradients = _hops(step, carry, spec)
     dq, dk, dv = compute(spec.world - 1, dq, here, gradients)
     if spec.world > 1:
         dk, dv = _send((dk, dv), spec)
