@@ -73,18 +73,25 @@ def _hops(step: Callable[[jax.Array, Any], Any], carry: Any, spec: RingSpec) -> 
     return carry if spec.world == 1 else lax.fori_loop(0, spec.world - 1, step, carry)
 
 
-def _source(hop: jax.Array | int, spec: RingSpec) -> jax.Array | int:
-    """The rank whose keys are here at ``hop``."""
-    return 0 if spec.world == 1 else (lax.axis_index(spec.axis) - hop) % spec.world
+def _tied(spec: RingSpec, *arrays: jax.Array | None) -> tuple[Any, ...]:
+    """The arrays and this rank's number, as one thing that cannot be had in part.
+
+    Masks depend on rank and segment ids alone and so are the same in every layer. A scan over layers moves what is the
+    same out of itself: without this tie it would make the masks of all hops once and keep them, S×S in all.
+    """
+    rank = jnp.int32(0) if spec.world == 1 else lax.axis_index(spec.axis)
+    tied: tuple[Any, ...] = lax.optimization_barrier((*arrays, rank))
+    return tied
 
 
-def _keys(hop: jax.Array | int, segments: jax.Array | None, spec: RingSpec) -> Keys:
-    return Keys(natural_indices(spec.layout, spec.seq_len, _source(hop, spec)), segments)
+def _keys(rank: jax.Array, hop: jax.Array | int, segments: jax.Array | None, spec: RingSpec) -> Keys:
+    """The mask side of the keys that are at ``rank`` at ``hop``."""
+    return Keys(natural_indices(spec.layout, spec.seq_len, (rank - hop) % spec.world), segments)
 
 
-def _queries(segments: jax.Array | None, spec: RingSpec) -> Queries:
-    """The mask side of this rank's queries."""
-    index = natural_indices(spec.layout, spec.seq_len, _source(0, spec))
+def _queries(rank: jax.Array, segments: jax.Array | None, spec: RingSpec) -> Queries:
+    """The mask side of the queries of ``rank``."""
+    index = natural_indices(spec.layout, spec.seq_len, rank)
     first = last = None
     if spec.mask.block is not None and segments is not None:
         whole = segments if spec.world == 1 else lax.all_gather(segments, spec.axis, axis=1, tiled=True)
@@ -108,13 +115,14 @@ def ring_forward(
     Returns:
         out ``[B,C,H,D]`` in q's dtype, and natural-log lse ``[B,C,H]`` float32.
     """
+    q, k, v, segments, rank = _tied(spec, q, k, v, segments)
     query_chunk, key_chunk = _chunks(spec)
-    queries = xla.split_query_mask(_queries(segments, spec), query_chunk)
+    queries = xla.split_query_mask(_queries(rank, segments, spec), query_chunk)
     split_q = xla.split_queries(q * jnp.asarray(spec.scale, q.dtype), k.shape[2], query_chunk)
 
     def compute(hop, state, travelling):  # type: ignore[no-untyped-def]
         k_here, v_here, seg_here = travelling
-        return xla.forward_block(state, split_q, queries, k_here, v_here, _keys(hop, seg_here, spec), key_chunk)
+        return xla.forward_block(state, split_q, queries, k_here, v_here, _keys(rank, hop, seg_here, spec), key_chunk)
 
     def step(hop, carry):  # type: ignore[no-untyped-def]
         state, here = carry
@@ -141,9 +149,10 @@ def ring_backward(
     spec: RingSpec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk, dv in the dtypes of q, k, v; accumulated in float32 on the way."""
+    q, k, v, segments, out, lse, dout, rank = _tied(spec, q, k, v, segments, out, lse, dout)
     query_chunk, key_chunk = _chunks(spec)
     kv_heads, length = k.shape[2], k.shape[1]
-    queries = xla.split_query_mask(_queries(segments, spec), query_chunk)
+    queries = xla.split_query_mask(_queries(rank, segments, spec), query_chunk)
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None]
     saved = xla.Saved(
@@ -155,7 +164,7 @@ def ring_backward(
 
     def compute(hop, dq, travelling, gradients):  # type: ignore[no-untyped-def]
         k_here, v_here, seg_here = travelling
-        keys = _keys(hop, seg_here, spec)
+        keys = _keys(rank, hop, seg_here, spec)
         return xla.backward_block(dq, *gradients, saved, queries, k_here, v_here, keys, key_chunk)
 
     def step(hop, carry):  # type: ignore[no-untyped-def]
