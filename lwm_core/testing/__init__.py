@@ -59,7 +59,7 @@ def _rewrite_asserts() -> None:
 
 
 # Under pytest at once: a test may import a suite's module itself, and not through this package.
-if "pytest" in sys.modules:
+if sys.modules.get("pytest") is not None:
     _rewrite_asserts()
 
 
