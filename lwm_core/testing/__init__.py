@@ -1,6 +1,6 @@
 """The conformance kits: what a plugin's author runs to know that the plugin is right.
 
-A plugin's tests subclass the kit of its kind and name the plugin; ``lwm plugins check NAME`` runs the same::
+A plugin's tests subclass the kit of its kind and name the plugin::
 
     from lwm_core.testing import AttentionSuite
 

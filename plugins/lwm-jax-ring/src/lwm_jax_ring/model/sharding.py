@@ -45,11 +45,6 @@ def parameter_sharding(path: tuple[str, ...], shape: Sequence[int], mesh: Mesh, 
     return NamedSharding(mesh, parameter_spec(path, shape, mesh, over))
 
 
-def token_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch ``[B,S]``: rows over dp and fsdp, tokens over sp."""
-    return NamedSharding(mesh, P(ROWS, "sp"))
-
-
 def stream_sharding(mesh: Mesh) -> NamedSharding:
     """Of the residual stream ``[B,S,E]``."""
     return NamedSharding(mesh, P(ROWS, "sp", None))
