@@ -1,4 +1,4 @@
-"""The repository's tasks: ``nox -s tests``, ``lint`` and ``wheels``; ``constraints.txt`` pins what they install."""
+"""The sessions ``tests``, ``lint``, ``wheels`` and ``bench``; ``constraints.txt`` pins what they install."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT.glob(f"{kind}/*/pyproject.toml"))
 TEST_TOOLS = ("pytest", "hypothesis", "pyarrow", "entrypoints")
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
+BENCHMARKS = {"attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices"}
+PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
 MAX_CORE_WHEEL = 500_000  # bytes
 VENV_BIN = "Scripts" if sys.platform == "win32" else "bin"
 
@@ -78,6 +80,35 @@ def wheels(session: nox.Session) -> None:
         install(*sorted(dist.glob("*.whl")))
         with session.chdir(runs):
             session.run(lwm, "run", "quickstart", "--out", "quickstart", external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """A benchmark by name, its options after it (``-- attention-cpu --help``); without a name, which there are."""
+    name, *options = session.posargs or ("",)
+    if not name:
+        for known, what in BENCHMARKS.items():
+            session.log(f"nox -s bench -- {known}: {what}")
+        return
+    if name not in BENCHMARKS:
+        session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
+    script = ROOT / "tests" / "bench" / f"{name.replace('-', '_')}.py"
+    session.run("python", str(script), "--peer-python", peer_environment(session), *options)
+
+
+def peer_environment(session: nox.Session) -> str:
+    """The interpreter of an environment that holds ``PEER`` alone; it cannot share one with this repository's JAX."""
+    too_new = (3, 13)  # jaxlib 0.4.31 and NumPy 2.0 have wheels for the Pythons before this one
+    found = "python" if sys.version_info < too_new else shutil.which("python3.12") or shutil.which("python3.11")
+    if found is None:
+        session.error("bench: ringattention's jaxlib 0.4.31 needs Python 3.11 or 3.12 on PATH; install one of them")
+    venv = Path(session.create_tmp()).absolute() / "peer"
+    python = str(venv / VENV_BIN / "python")
+    if not Path(python).exists():
+        session.run(found, "-m", "venv", str(venv), external=True)
+    session.run(python, "-m", "pip", "install", "--quiet", *PEER, external=True)
+    return python
 
 
 def one_wheel(session: nox.Session, dist: Path, name: str) -> Path:
