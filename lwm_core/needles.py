@@ -19,6 +19,8 @@ Split = Literal["train", "held-out"]
 DIGITS = 7
 """Digits of a magic number; the first is not 0."""
 
+HELD_OUT_DIVISOR = 7
+
 PROMPT_START = "You are a helpful assistant. USER: "
 PROMPT_END = (
     " Don't give information outside the document or repeat your findings. "
@@ -61,13 +63,17 @@ def cities(split: Split) -> tuple[str, ...]:
     return tuple(city for i, city in enumerate(CITIES) if (i % 4 == 3) == (split == "held-out"))
 
 
+def is_held_out(number: int) -> bool:
+    """Whether only an evaluation may use ``number``: every seventh, which no single digit gives away."""
+    return number % HELD_OUT_DIVISOR == 0
+
+
 def draw_number(random: np.random.Generator, split: Split) -> str:
-    """A number of the split as text: those that 5 divides are held out, the others are for training."""
-    low, high = 10 ** (DIGITS - 1), 10**DIGITS
-    number = int(random.integers(low, high))
-    if split == "held-out":
-        return str(number - number % 5)
-    return str(number if number % 5 else number - int(random.integers(1, 5)) if number > low else number + 1)
+    """A number of the split as text."""
+    number = int(random.integers(10 ** (DIGITS - 1), 10**DIGITS))
+    while is_held_out(number) != (split == "held-out"):
+        number = int(random.integers(10 ** (DIGITS - 1), 10**DIGITS))
+    return str(number)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_cities_numbers_and_text_are_held_out(make_context: MakeContext) -> None
         assert len({city for city, _ in planted}) == len({number for _, number in planted}) == 3
         for city, number in planted:
             assert city in needles.cities("held-out") and city not in needles.cities("train")
-            assert len(number) == 7 and int(number) % 5 == 0
+            assert len(number) == 7 and int(number) % 7 == 0
         assert text.startswith(needles.PROMPT_START) and text.endswith(needles.PROMPT_END)
         bare = PLANTED.sub("", text[len(needles.PROMPT_START) : text.rindex(" What ")])
         assert re.fullmatch(r"[\s\S]*And it came to pass in the land of verse[\s\S]*", bare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from lwm_core.errors import ShapeError
 from lwm_core.model import ModelConfig
 from lwm_core.protocols import SamplingSpec
 from lwm_core.reference import llama_logits
+from lwm_core.rope import RopeSpec
 from lwm_jax_ring.generate.sample import sample
 
 PROMPTS = [list(np.random.default_rng(n).integers(0, 100, n)) for n in (5, 70, 9)]
@@ -26,10 +28,10 @@ def trainer(request: pytest.FixtureRequest, make_trainer: Callable[..., Any]) ->
     return make_trainer(request.param)
 
 
-def oracle(parameters: Any, config: ModelConfig, ids: list[int]) -> np.ndarray:
+def oracle(parameters: Any, config: ModelConfig, ids: list[int], rope: RopeSpec = ROPE) -> np.ndarray:
     """Logits ``[N, text ids]``."""
     row = pack_rows([[TokenSequence(np.array(ids), np.ones(len(ids)))]], len(ids))
-    return llama_logits(parameters, config, ROPE, row)[0][:, config.vocabulary.slices["text"]]
+    return llama_logits(parameters, config, rope, row)[0][:, config.vocabulary.slices["text"]]
 
 
 def test_greedy_equals_the_oracle_for_unequal_prompts(trainer: Any, config: ModelConfig) -> None:
@@ -46,9 +48,28 @@ def test_greedy_equals_the_oracle_for_unequal_prompts(trainer: Any, config: Mode
 def test_scores_equal_the_oracle(trainer: Any, config: ModelConfig) -> None:
     parameters = dict(trainer.iter_parameters())
     logits = oracle(parameters, config, PROMPTS[1])[:-1]
-    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = expected[np.arange(len(expected)), PROMPTS[1][1:]]
-    np.testing.assert_allclose(trainer.scorer().log_likelihood(PROMPTS[1]), expected, atol=2e-5)
+    np.testing.assert_allclose(trainer.scorer().log_likelihood(PROMPTS[1]), chosen(logits, PROMPTS[1]), atol=2e-5)
+
+
+def chosen(logits: np.ndarray, ids: list[int]) -> np.ndarray:
+    """The log-probabilities of ``ids`` after the first."""
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return scores[np.arange(len(scores)), ids[1:]]
+
+
+def test_a_new_stage_brings_its_rope_to_compiled_programs(
+    make_trainer: Callable[..., Any], config: ModelConfig
+) -> None:
+    trainer = make_trainer("1,1,1,8")
+    parameters = dict(trainer.iter_parameters())
+    before = trainer.scorer().log_likelihood(PROMPTS[1])
+    other = RopeSpec(30.0, attention_factor=1.1)
+    trainer.begin_stage(replace(trainer.stage, rope=other))
+    trainer.load_parameters(parameters)
+    after = trainer.scorer().log_likelihood(PROMPTS[1])
+    assert np.abs(after - before).max() > 1e-3
+    expected = chosen(oracle(parameters, config, PROMPTS[1], other)[:-1], PROMPTS[1])
+    np.testing.assert_allclose(after, expected, atol=2e-5)
 
 
 def test_streaming_stops_where_it_should(trainer: Any) -> None:

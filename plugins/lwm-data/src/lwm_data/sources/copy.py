@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lwm_core.batch import TokenSequence
 from lwm_core.errors import ShapeError
-from lwm_core.needles import DIGITS
+from lwm_core.needles import DIGITS, is_held_out
 from lwm_core.protocols import Tokenizer
 from lwm_data.corpus import Corpus
 from lwm_data.options import CopyOptions
@@ -119,8 +119,8 @@ class PairsSource(_Planned):
 
 
 def _digits(random: np.random.Generator, count: int) -> str:
-    """A number of ``count`` digits; as long as a needle's, it is none of those that are held out (5 divides them)."""
+    """A number of ``count`` digits; as long as a needle's, it is none of those that are held out."""
     number = int(random.integers(10**count))
-    if count == DIGITS and number % 5 == 0:
-        number += int(random.integers(1, 5))
+    while count == DIGITS and is_held_out(number):
+        number = int(random.integers(10**count))
     return f"{number:0{count}d}"

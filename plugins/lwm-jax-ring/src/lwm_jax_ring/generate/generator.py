@@ -27,6 +27,7 @@ from lwm_core.protocols import AttentionAxes, SamplingSpec
 from lwm_jax_ring.generate.cache import Cache, attend_cached
 from lwm_jax_ring.generate.sample import sample
 from lwm_jax_ring.model.llama import Compute
+from lwm_jax_ring.model.rope import RopeTables, rope_tables
 from lwm_jax_ring.model.sharding import ROWS, stream_sharding
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def _rounded(value: int, multiple: int) -> int:
 
 
 class JaxGenerator:
-    """Generation and scoring with a trainer's parameters, as they are when it is called."""
+    """Generation and scoring with a trainer's parameters and RoPE, as they are when it is called."""
 
     def __init__(self, trainer: JaxTrainer) -> None:
         self._trainer = trainer
@@ -83,9 +84,9 @@ class JaxGenerator:
         segments = (positions < len(ids)).astype(np.int32)
         key = ("score", slots)
         if key not in self._programs:
-            self._programs[key] = jax.jit(partial(self._score, backend, slots))
+            self._programs[key] = jax.jit(partial(self._score, backend))
         placed = [self._put(x[:, order], P(ROWS, "sp")) for x in (row, targets, segments, positions)]
-        scores = np.asarray(self._programs[key](self._trainer.parameters, *placed))
+        scores = np.asarray(self._programs[key](self._trainer.parameters, self._rope(slots), *placed))
         natural = scores[:, backend.layout.inverse(slots)]
         return natural[0, : len(ids) - 1]
 
@@ -105,6 +106,10 @@ class JaxGenerator:
     def _backend(self, slots: int) -> Any:
         t = self._trainer
         return t.context.attention.build(t.context.attention_options, t.mesh, AttentionAxes(), slots)
+
+    def _rope(self, positions: int) -> RopeTables:
+        t = self._trainer
+        return rope_tables(t.stage.rope, t.context.model.head_dim, positions)
 
     def _slots(self, longest: int) -> tuple[int, NDArray[np.int32]]:
         """Padded length, and the layout's permutation of it."""
@@ -132,22 +137,22 @@ class JaxGenerator:
         prefill, decode = self._compiled(rows, slots, count, sampling)
         key = jax.random.key(sampling.seed)
         spec = P(ROWS, "sp")
-        token, cache = prefill(t.parameters, self._put(tokens[:, order], spec), self._put(index[:, order], spec),
+        rope = self._rope(slots + count)
+        token, cache = prefill(t.parameters, rope, self._put(tokens[:, order], spec), self._put(index[:, order], spec),
                                lengths, jax.random.fold_in(key, 0))  # fmt: skip
         for step in range(sampling.max_new_tokens):
             yield [int(x) for x in np.asarray(token)[: len(prompts)]]
             if step + 1 < sampling.max_new_tokens:
-                token, cache = decode(t.parameters, cache, token, lengths, np.int32(step),
+                token, cache = decode(t.parameters, rope, cache, token, lengths, np.int32(step),
                                       jax.random.fold_in(key, step + 1))  # fmt: skip
 
     def _compiled(self, rows: int, slots: int, count: int, sampling: SamplingSpec) -> tuple[Any, Any]:
         how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.modality)
         key = ("generate", rows, slots, count, how)
         if key not in self._programs:
-            backend = self._backend(slots)
             self._programs[key] = (
-                jax.jit(partial(self._prefill, backend, slots, count, sampling)),
-                jax.jit(partial(self._decode, slots + count, sampling), donate_argnums=1),
+                jax.jit(partial(self._prefill, self._backend(slots), count, sampling)),
+                jax.jit(partial(self._decode, sampling), donate_argnums=2),
             )
         prefill, decode = self._programs[key]
         return prefill, decode
@@ -172,7 +177,7 @@ class JaxGenerator:
         return jnp.einsum("be,ve->bv", hidden, rows, preferred_element_type=jnp.float32), ids.start
 
     def _prefill(
-        self, backend: Any, slots: int, count: int, sampling: SamplingSpec, parameters: Any,
+        self, backend: Any, count: int, sampling: SamplingSpec, parameters: Any, rope: RopeTables,
         tokens: jax.Array, index: jax.Array, lengths: jax.Array, key: jax.Array,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """First new token of each row, and the cache of its prompt. ``tokens`` and ``index`` ``[B,P]``, permuted."""
@@ -183,9 +188,7 @@ class JaxGenerator:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Any) -> tuple[jax.Array, Any]:
             return backend.attend(q, k, v, AttentionMask("causal"), segments), (k, v)
 
-        hidden, (k, v) = model.hidden(
-            tokens, jnp.maximum(index, 0), t.stage.rope, slots, attend, how=self._compute()
-        )
+        hidden, (k, v) = model.hidden(tokens, jnp.maximum(index, 0), rope, attend, how=self._compute())
         last = index == (lengths - 1)[:, None]
         ends = jnp.where(last[..., None], hidden, 0).sum(axis=1)
         logits, first = self._logits(ends, model.head, sampling.modality)
@@ -194,7 +197,7 @@ class JaxGenerator:
         return sample(logits, key, sampling) + first, cache
 
     def _decode(
-        self, max_position: int, sampling: SamplingSpec, parameters: Any, cache: Cache, token: jax.Array,
+        self, sampling: SamplingSpec, parameters: Any, rope: RopeTables, cache: Cache, token: jax.Array,
         lengths: jax.Array, step: jax.Array, key: jax.Array,
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """The token after ``token [B]``, which is new token number ``step``."""
@@ -210,13 +213,13 @@ class JaxGenerator:
 
         given = (cache.prompt_k, cache.prompt_v, cache.new_k, cache.new_v)
         hidden, (new_k, new_v) = model.hidden(
-            token[:, None], (lengths + step)[:, None], t.stage.rope, max_position, attend, given, self._compute()
+            token[:, None], (lengths + step)[:, None], rope, attend, given, self._compute()
         )
         logits, first = self._logits(hidden[:, 0], model.head, sampling.modality)
         return sample(logits, key, sampling) + first, cache._replace(new_k=new_k, new_v=new_v)
 
     def _score(
-        self, backend: Any, slots: int, parameters: Any, tokens: jax.Array, targets: jax.Array,
+        self, backend: Any, parameters: Any, rope: RopeTables, tokens: jax.Array, targets: jax.Array,
         segments: jax.Array, positions: jax.Array,
     ) -> jax.Array:  # fmt: skip
         """``[B,P]`` float32 log-probability of each target, permuted, in slices of the sequence."""
@@ -227,7 +230,7 @@ class JaxGenerator:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Any) -> tuple[jax.Array, Any]:
             return backend.attend(q, k, v, AttentionMask("causal"), segments), None
 
-        hidden, _ = model.hidden(tokens, positions, t.stage.rope, slots, attend, how=self._compute())
+        hidden, _ = model.hidden(tokens, positions, rope, attend, how=self._compute())
         chunks = t.program.loss_chunks
 
         def part(of: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -19,9 +19,8 @@ from flax import nnx
 from jax import lax
 
 from lwm_core.model import ModelConfig
-from lwm_core.rope import RopeSpec
 from lwm_jax_ring.attention.ring import LSE_NAME, OUT_NAME
-from lwm_jax_ring.model.rope import rope_tables, rotate
+from lwm_jax_ring.model.rope import RopeTables, rope_angles, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """q ``[B,S,H,D]``, k and v ``[B,S,K,D]``, what the layer was given → out ``[B,S,H,D]``, what the layer keeps.
@@ -190,8 +189,7 @@ class Llama(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        rope: RopeSpec,
-        max_position: int,
+        rope: RopeTables,
         attend: Attend,
         given: Any = None,
         how: Compute | None = None,
@@ -200,14 +198,14 @@ class Llama(nnx.Module):
 
         Args:
             tokens, positions: ``[B,S]`` int32.
-            max_position: one more than the largest position.
+            rope: tables that reach beyond the largest position.
             attend: see :data:`Attend`.
             given: a tree of arrays ``[L, ...]``; each layer is given its slice.
             how: precision, rematerialisation, sharding.
         """
         how = how or Compute()
         x = how.constrain(how.gather_table(self.embed_tokens[...].astype(how.dtype))[tokens])
-        cos, sin = rope_tables(rope, positions, self.config.head_dim, max_position)
+        cos, sin = rope_angles(rope, positions)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:

@@ -8,6 +8,8 @@ Shapes: B batch, S sequence, N heads, D head dim.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +19,36 @@ from lwm_core.rope import RopeSpec
 LOW = 1024
 
 
-def rope_tables(rope: RopeSpec, positions: jax.Array, head_dim: int, max_position: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin ``[B,S,D/2]`` float32 for ``positions [B,S]`` int32 in ``[0, max_position)``."""
+class RopeTables(NamedTuple):
+    """Cosines and sines of both parts of a position, float32 ``[LOW or more positions / LOW, D/2]``.
+
+    A program takes them as arguments: one compiled for a length then serves every theta and scaling.
+    """
+
+    cos_low: jax.Array
+    sin_low: jax.Array
+    cos_high: jax.Array
+    sin_high: jax.Array
+
+
+def rope_tables(rope: RopeSpec, head_dim: int, max_position: int) -> RopeTables:
+    """The tables for positions in ``[0, max_position)``, the attention factor included."""
     frequencies = rope.inverse_frequencies(head_dim)
     low = np.arange(LOW)[:, None] * frequencies
     high = np.arange(-(-max_position // LOW))[:, None] * (LOW * frequencies)
-    cos_l, sin_l, cos_h, sin_h = (
-        jnp.asarray(table, jnp.float32) for table in (np.cos(low), np.sin(low), np.cos(high), np.sin(high))
-    )
+    factor = rope.attention_factor
+    tables = (np.cos(low), np.sin(low), np.cos(high) * factor, np.sin(high) * factor)
+    return RopeTables(*(np.asarray(table, np.float32) for table in tables))
+
+
+def rope_angles(tables: RopeTables, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin ``[B,S,D/2]`` float32 for ``positions [B,S]`` int32, times the attention factor."""
     at_low, at_high = positions % LOW, positions // LOW
-    cl, sl, ch, sh = cos_l[at_low], sin_l[at_low], cos_h[at_high], sin_h[at_high]
-    factor = jnp.float32(rope.attention_factor)
-    return (ch * cl - sh * sl) * factor, (sh * cl + ch * sl) * factor
+    cl, sl, ch, sh = (
+        jnp.asarray(table)[at]
+        for table, at in zip(tables, (at_low, at_low, at_high, at_high), strict=True)
+    )
+    return ch * cl - sh * sl, sh * cl + ch * sl
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -15,10 +15,10 @@ from jax import lax
 
 from lwm_core.attention import AttentionMask
 from lwm_core.protocols import OptimizerSpec
-from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
 from lwm_jax_ring.model.llama import Chunks, Compute, Llama
 from lwm_jax_ring.model.loss import modality_sums, modality_weights
+from lwm_jax_ring.model.rope import RopeTables
 from lwm_jax_ring.train.optimizer import update
 
 Arrays = dict[str, jax.Array]
@@ -34,8 +34,7 @@ class Program:
     vocabulary: Vocabulary
     alphas: Mapping[str, float]
     optimizer: OptimizerSpec
-    rope: RopeSpec
-    seq_len: int
+    rope: RopeTables
     compute: Compute
     loss_chunks: Chunks
 
@@ -46,9 +45,7 @@ class Program:
         def attend(q, k, v, given):  # type: ignore[no-untyped-def]
             return self.attend(q, k, v, AttentionMask("causal"), batch["segment_ids"]), None
 
-        hidden, _ = model.hidden(
-            batch["tokens"], batch["positions"], self.rope, self.seq_len, attend, how=self.compute
-        )
+        hidden, _ = model.hidden(batch["tokens"], batch["positions"], self.rope, attend, how=self.compute)
         return modality_sums(
             hidden, model.head, batch["targets"], batch["loss_weights"], self.vocabulary, modalities, self.loss_chunks
         )

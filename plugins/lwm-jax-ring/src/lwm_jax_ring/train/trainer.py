@@ -27,6 +27,7 @@ from lwm_core.protocols import AttentionAxes, Metrics, Stage, TrainerContext
 from lwm_jax_ring.devices import ensure_devices, peak_flops
 from lwm_jax_ring.model.llama import Chunks, Compute, Llama
 from lwm_jax_ring.model.names import iter_canonical, stack_canonical
+from lwm_jax_ring.model.rope import rope_tables
 from lwm_jax_ring.model.sharding import ROWS, parameter_sharding, stream_sharding
 from lwm_jax_ring.train import checkpoint
 from lwm_jax_ring.train.optimizer import fresh_state
@@ -88,6 +89,8 @@ class JaxTrainer:
                 f"{data_ranks(sizes)}; change batch_tokens, accumulate or the mesh"
             )
         mesh = Mesh(np.array(jax.devices()).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
+        if self._stage is not None and mesh != self.mesh:
+            self.__dict__.pop("_generator", None)  # its programs are compiled for the old mesh
         backend = self.context.attention.build(self.context.attention_options, mesh, AttentionAxes(), stage.seq_len)
         self._stage, self.mesh, self._backend = stage, mesh, backend
         shardings = self._shardings()
@@ -103,8 +106,7 @@ class JaxTrainer:
             vocabulary=self.context.model.vocabulary,
             alphas=dict(self.context.loss_weights),
             optimizer=self.context.optimizer,
-            rope=stage.rope,
-            seq_len=stage.seq_len,
+            rope=rope_tables(stage.rope, self.context.model.head_dim, stage.seq_len),
             compute=Compute(
                 dtype=jnp.dtype(self.options.compute_dtype),
                 remat=self.options.remat,
@@ -116,7 +118,6 @@ class JaxTrainer:
         )
         self.compiled_step = jax.jit(self.program.step, static_argnums=4, donate_argnums=(0, 1))
         self._evaluate = jax.jit(self.program.evaluate, static_argnums=2)
-        self.__dict__.pop("_generator", None)
 
     @staticmethod
     def _chunks(chunk: int, sizes: Mapping[str, int]) -> Chunks:
