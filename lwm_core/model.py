@@ -9,7 +9,7 @@ Shapes: E hidden size, F feed-forward size, H query heads, K key-value heads, D 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lwm_core.errors import ShapeError, UsageError
@@ -112,11 +112,6 @@ def preset(name: str, vocabulary: Vocabulary, **changes: Any) -> ModelConfig:
     if "num_heads" in given and "num_kv_heads" not in given and values["num_heads"] % values["num_kv_heads"]:
         values["num_kv_heads"] = values["num_heads"]
     return ModelConfig(vocabulary=vocabulary, **values)
-
-
-def with_vocabulary(config: ModelConfig, vocabulary: Vocabulary) -> ModelConfig:
-    """The same shape over another vocabulary."""
-    return replace(config, vocabulary=vocabulary)
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

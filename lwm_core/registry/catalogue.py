@@ -18,6 +18,7 @@ KNOWN: Mapping[tuple[str, str], str] = MappingProxyType(
         ("eval", "needle"): "lwm-evals",
         ("encoder", "vqgan"): "lwm-vqgan",
         ("weights", "tiny-base"): "lwm-tiny-base",
+        ("hooks", "report"): "lwm-evals",
         ("hooks", "tensorboard"): "lwm-tensorboard",
     }
 )

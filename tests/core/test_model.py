@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,6 @@ from lwm_core.model import (
     canonical_shapes,
     preset,
     training_flops_per_token,
-    with_vocabulary,
 )
 from lwm_core.vocab import Vocabulary
 
@@ -71,7 +71,7 @@ def test_training_flops_by_hand(tied: bool) -> None:
 
 
 def test_a_text_target_meets_the_text_rows_of_the_head_alone() -> None:
-    with_vision = with_vocabulary(TOY, Vocabulary(11, vision_size=60, vision_codes=50))
+    with_vision = replace(TOY, vocabulary=Vocabulary(11, vision_size=60, vision_codes=50))
     assert training_flops_per_token(with_vision, 100) == training_flops_per_token(TOY, 100)
 
 
@@ -110,6 +110,6 @@ def test_wrong_models_are_refused() -> None:
 
 
 def test_another_vocabulary_changes_the_tables_alone() -> None:
-    other = with_vocabulary(TOY, Vocabulary(13))
+    other = replace(TOY, vocabulary=Vocabulary(13))
     changed = {n for n, shape in canonical_shapes(other).items() if shape != canonical_shapes(TOY)[n]}
     assert changed == {"model.embed_tokens.weight", "lm_head.weight"}

@@ -1,0 +1,47 @@
+"""What a plugin of each kind gives. The core and the plugins meet in these types and in NumPy arrays, nowhere else.
+
+A plugin's factory is called with its validated options first (its own pydantic model) and a context record second. The
+records are frozen; they carry what the plugin may need and nothing else, never the whole configuration.
+"""
+
+from __future__ import annotations
+
+from lwm_core.protocols.attention import Array, AttentionAxes, AttentionBackend, AttentionFactory, AttentionHarness
+from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
+from lwm_core.protocols.encoder import VisionEncoder
+from lwm_core.protocols.evaluation import EvalContext, EvalSuite
+from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer
+from lwm_core.protocols.schedule import ContextSchedule, Stage, StartModel
+from lwm_core.protocols.tokenizer import Tokenizer, TokenizerContext
+from lwm_core.protocols.trainer import Metrics, OptimizerSpec, SaveHandle, Trainer, TrainerContext, TrainerFactory
+from lwm_core.protocols.weights import WeightsBundle
+
+__all__ = [
+    "AttentionAxes",
+    "AttentionBackend",
+    "AttentionHarness",
+    "AttentionFactory",
+    "Array",
+    "Tokenizer",
+    "WeightsBundle",
+    "TokenizerContext",
+    "VisionEncoder",
+    "Stage",
+    "ContextSchedule",
+    "StartModel",
+    "DataContext",
+    "FeedRequest",
+    "Feed",
+    "DataSource",
+    "OptimizerSpec",
+    "TrainerContext",
+    "SaveHandle",
+    "Trainer",
+    "TrainerFactory",
+    "Metrics",
+    "SamplingSpec",
+    "Generator",
+    "Scorer",
+    "EvalContext",
+    "EvalSuite",
+]

@@ -1,0 +1,53 @@
+"""Generation and scoring with what a trainer holds; token-in token-out, natural order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: tokens written at most.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches it.
+        stop_ids: ids that end a row; the stop id itself is not returned.
+        seed: seed of the draw.
+        modality: vocabulary slice that is drawn from.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    modality: str = "text"
+
+
+class Generator(Protocol):
+    """Token-in, token-out generation, natural order."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> list[list[int]]:
+        """New tokens for each prompt; prompts may differ in length."""
+        ...
+
+    def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
+        """New tokens of one prompt, as they come."""
+        ...
+
+
+class Scorer(Protocol):
+    """Teacher-forced scores."""
+
+    def log_likelihood(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """``[N-1]`` natural-log probability of each token after the first."""
+        ...

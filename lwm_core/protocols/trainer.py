@@ -1,0 +1,122 @@
+"""What a trainer plugin gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from lwm_core.batch import PackedBatch
+from lwm_core.layout import SequenceLayout
+from lwm_core.model import ModelConfig
+from lwm_core.protocols.attention import AttentionFactory
+from lwm_core.protocols.generation import Generator, Scorer
+from lwm_core.protocols.schedule import Stage
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW's constants; the learning rate is the stage's."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainerContext:
+    """What a trainer factory may need."""
+
+    model: ModelConfig
+    attention: AttentionFactory
+    attention_options: Any
+    optimizer: OptimizerSpec
+    loss_weights: Mapping[str, float]
+    seed: int
+
+
+class SaveHandle(Protocol):
+    """A save that may still be on its way to disk."""
+
+    def done(self) -> bool:
+        """Whether everything is on disk."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until it is; raises what went wrong."""
+        ...
+
+
+class Trainer(Protocol):
+    """Parameters and optimizer on devices. Batches come in the layout's order, everything else in natural order."""
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Take up ``stage``: its mesh, length, RoPE, fresh optimizer moments; the parameters stay.
+
+        Raises ShapeError when the mesh does not fit the devices or the batch.
+        """
+        ...
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """The layout that batches of the current stage must be permuted to."""
+        ...
+
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        """(rank, world) of the rows that this process feeds."""
+        ...
+
+    def step(self, batch: PackedBatch, step: int) -> Metrics:
+        """One optimizer step, the stage's ``step`` from 0.
+
+        Returns at least ``loss``, ``grad_norm``, ``lr`` and ``loss_<modality>``.
+        """
+        ...
+
+    def evaluate(self, batch: PackedBatch) -> Metrics:
+        """The same losses without a step."""
+        ...
+
+    def save(self, folder: Path) -> SaveHandle:
+        """Start writing parameters and optimizer into the empty ``folder``."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote, on whatever mesh the current stage has."""
+        ...
+
+    def iter_parameters(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """(canonical name, one unstacked array), one at a time."""
+        ...
+
+    def load_parameters(self, parameters: Mapping[str, NDArray[Any]]) -> None:
+        """Take parameters by canonical name from a lazy mapping; raises CheckpointError naming what does not fit."""
+        ...
+
+    def generator(self) -> Generator:
+        """Generation with the current parameters and the current stage's RoPE."""
+        ...
+
+    def scorer(self) -> Scorer:
+        """Log-likelihoods with the current parameters and the current stage's RoPE."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Devices, framework and kernel versions, and choices, for run.json."""
+        ...
+
+
+class TrainerFactory(Protocol):
+    """The factory of a ``lwm.trainer.v1`` plugin."""
+
+    def __call__(self, options: Any, context: TrainerContext) -> Trainer:
+        """A trainer with freshly initialised parameters."""
+        ...
