@@ -141,3 +141,23 @@ def executed_blocks(
             live &= (id_min <= ids[queries].max()) & (id_max >= ids[queries].min()) & (id_max > 0)
             counts[rank] += int(live.sum()) if ids[queries].max() > 0 else 0
     return counts
+
+
+def needed_hops(mask: AttentionMask, layout: SequenceLayout, seq_len: int) -> tuple[int, ...]:
+    """Hops h at which some rank r sees a key of rank (r − h) mod world, ascending; hop 0 is always one of them.
+
+    A ring may leave the others out: with a window most of it has nothing to bring. Documents are not looked at, since
+    they change from batch to batch.
+
+    Raises:
+        ShapeError: the length does not divide.
+    """
+    runs = layout.runs(seq_len)
+    ends = np.array([[(part.start, part.stop - 1) for part in rank] for rank in runs])  # [world, runs, 2]
+    # Blocks are counted from a document's start, so that they may end up to a block further on than in a whole row.
+    ahead = {"causal": 0, "block_causal": (mask.block or 1) - 1, "full": seq_len}[mask.kind]
+    behind = seq_len if mask.window is None else mask.window - 1
+    queries, keys = ends[:, None, :, None], ends[None, :, None, :]  # [world, world, runs, runs, 2]
+    meets = (keys[..., 0] <= queries[..., 1] + ahead) & (keys[..., 1] >= queries[..., 0] - behind)
+    query_rank, key_rank = np.nonzero(meets.any(axis=(2, 3)))
+    return tuple(int(hop) for hop in np.unique((query_rank - key_rank) % layout.world))

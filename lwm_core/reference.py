@@ -34,9 +34,14 @@ def visible(mask: AttentionMask, seq_len: int, segment_ids: NDArray[np.integer] 
     return result
 
 
-def _probabilities(q: Float64, k: Float64, seen: NDArray[np.bool_], scale: float) -> tuple[Float64, Float64]:
+def _scores(q: Float64, k: Float64, scale: float, softcap: float | None) -> Float64:
+    """``[B, H, Sq, Sk]``, bent into ±softcap where there is one."""
+    scores: Float64 = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    return scores if softcap is None else softcap * np.tanh(scores / softcap)
+
+
+def _probabilities(scores: Float64, seen: NDArray[np.bool_]) -> tuple[Float64, Float64]:
     """Softmax weights ``[B, H, Sq, Sk]`` and lse ``[B, H, Sq]``; rows that see nothing have weights 0 and lse −inf."""
-    scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = np.where(seen[:, None], scores, -np.inf)
     top = scores.max(axis=-1)
     top_finite = np.where(np.isfinite(top), top, 0.0)
@@ -58,8 +63,9 @@ def attention_forward(
     mask: AttentionMask,
     segment_ids: NDArray[np.integer] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float64, Float64]:
-    """Softmax attention of ``q [B,S,H,D]`` over ``k, v [B,S,K,D]``.
+    """Softmax attention of ``q [B,S,H,D]`` over ``k, v [B,S,K,D]``; ``1/sqrt(D)`` is the default scale.
 
     Returns:
         out ``[B,S,H,D]`` and lse ``[B,S,H]``, float64; 0 and −inf where a query sees nothing.
@@ -68,7 +74,8 @@ def attention_forward(
     groups = q64.shape[2] // k64.shape[2]
     k64, v64 = np.repeat(k64, groups, axis=2), np.repeat(v64, groups, axis=2)
     seen = visible(mask, q64.shape[1], segment_ids)
-    p, lse = _probabilities(q64, k64, seen, scale if scale is not None else q64.shape[-1] ** -0.5)
+    factor = scale if scale is not None else q64.shape[-1] ** -0.5
+    p, lse = _probabilities(_scores(q64, k64, factor, softcap), seen)
     return np.einsum("bhqk,bkhd->bqhd", p, v64), lse.transpose(0, 2, 1)
 
 
@@ -80,6 +87,7 @@ def attention_backward(
     dout: ArrayLike,
     segment_ids: NDArray[np.integer] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Float64, Float64, Float64]:
     """Gradients of ``sum(out · dout)`` with respect to q, k and v, in their shapes, float64."""
     q64, k64, v64, do64 = _wide(q, k, v, dout)
@@ -87,9 +95,11 @@ def attention_backward(
     groups = q64.shape[2] // kv_heads
     k_all, v_all = np.repeat(k64, groups, axis=2), np.repeat(v64, groups, axis=2)
     factor = scale if scale is not None else dim**-0.5
-    p, _ = _probabilities(q64, k_all, visible(mask, length, segment_ids), factor)
+    scores = _scores(q64, k_all, factor, softcap)
+    p, _ = _probabilities(scores, visible(mask, length, segment_ids))
     dp = np.einsum("bqhd,bkhd->bhqk", do64, v_all)
-    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * factor
+    slope = 1.0 if softcap is None else 1.0 - (scores / softcap) ** 2
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * slope * factor
     dq = np.einsum("bhqk,bkhd->bqhd", ds, k_all)
     dk = np.einsum("bhqk,bqhd->bkhd", ds, q64).reshape(batch, length, kv_heads, groups, dim).sum(axis=3)
     dv = np.einsum("bhqk,bqhd->bkhd", p, do64).reshape(batch, length, kv_heads, groups, dim).sum(axis=3)

@@ -38,7 +38,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[a
     parser = _Parser(
         prog="lwm",
         description="Train, extend and evaluate million-token world models.",
-        epilog="Start here: lwm run first-run. LWM_DEBUG=1 or --debug shows tracebacks.",
+        epilog="Start here: lwm run quickstart. LWM_DEBUG=1 or --debug shows tracebacks.",
     )
     parser.add_argument("--version", action="version", version=f"lwm {lwm_core.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwm_core.attention import AttentionMask, document_bounds, executed_blocks, mask_bounds
+from lwm_core.attention import AttentionMask, document_bounds, executed_blocks, mask_bounds, needed_hops
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.layout import LAYOUTS, SequenceLayout
 from lwm_core.reference import visible
@@ -147,3 +147,30 @@ def test_masks_without_meaning_are_refused(arguments: dict[str, object], error: 
     with pytest.raises(error) as caught:
         AttentionMask(**arguments)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        AttentionMask("causal"), AttentionMask("full"), AttentionMask("causal", window=1),
+        AttentionMask("causal", window=9), AttentionMask("causal", window=30), AttentionMask("block_causal", block=5),
+        AttentionMask("block_causal", block=5, window=7),
+    ],
+)  # fmt: skip
+def test_no_needed_hop_is_left_out(kind: str, world: int, mask: AttentionMask) -> None:
+    """Whatever some rank sees of another, documents or not, is in the hops; without documents nothing else is."""
+    layout = SequenceLayout(kind, world)  # type: ignore[arg-type]
+    hops = needed_hops(mask, layout, 48)
+    assert hops[0] == 0 and list(hops) == sorted(set(hops))
+    documents = np.repeat([1, 2, 3, 4], [7, 13, 25, 3])[None]
+    found = []
+    for ids in (None, documents):
+        seen = visible(mask, 48, ids)[0]
+        ranks = [layout.rank_indices(48, rank) for rank in range(world)]
+        pairs = [(q, k) for q in range(world) for k in range(world) if seen[np.ix_(ranks[q], ranks[k])].any()]
+        found.append({(q - k) % world for q, k in pairs})
+    assert found[0] | found[1] <= set(hops)
+    if kind != "striped" and mask.block is None:
+        assert found[0] == set(hops)

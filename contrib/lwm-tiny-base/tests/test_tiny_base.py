@@ -1,0 +1,78 @@
+"""The shipped weights: a whole model, small, tied, with a tokenizer that fits it; and the script that made them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lwm_core.protocols import WeightsBundle
+from lwm_core.registry import Registry
+from lwm_core.testing import PluginSuite, WeightsSuite
+from lwm_core.weights import read_model_folder, write_model_folder
+from lwm_tiny_base.bundle import tiny_base
+
+MAKE = Path(__file__).parents[1] / "make.py"
+
+
+class TestPlugin(PluginSuite):
+    kind = "weights"
+    name = "tiny-base"
+
+
+class TestWeights(WeightsSuite):
+    def make(self) -> WeightsBundle:
+        return tiny_base()
+
+
+def test_the_registry_finds_it() -> None:
+    assert Registry.from_environment().load("weights", "tiny-base")().folder == tiny_base().folder
+
+
+def test_shape_size_and_type() -> None:
+    folder = tiny_base().folder
+    found = read_model_folder(folder)
+    assert (found.model.vocabulary.text_size, found.model.vocabulary.vision_size) == (4096, 8448)
+    assert found.model.tie_embeddings and "lm_head.weight" not in found.parameters
+    assert found.seq_len == 256
+    assert {array.dtype for array in found.parameters.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
+
+
+def test_its_tokenizer_has_single_digits_and_the_models_ids() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tiny_base().folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 4096
+    text = "And the number is 1234567."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode("1234567").ids) == 7
+
+
+def make(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(MAKE), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_make_packs_a_run(tmp_path: Path) -> None:
+    source = read_model_folder(tiny_base().folder)
+    wide = {name: np.asarray(array).astype(np.float32) for name, array in source.parameters.items()}
+    run = tmp_path / "run"
+    write_model_folder(run / "model", source.model, source.rope, source.seq_len, wide.items())
+    (run / "model" / "tokenizer.json").write_text("{}")
+    done = make(run, "--out", tmp_path / "packed")
+    assert done.returncode == 0, done.stderr
+    packed = read_model_folder(tmp_path / "packed")
+    assert packed.model == source.model and packed.rope == source.rope
+    for name, array in packed.parameters.items():
+        assert np.array_equal(array, source.parameters[name]), name
+    assert json.loads((tmp_path / "packed" / "tokenizer.json").read_text()) == {}
+
+
+def test_make_tells_what_is_missing(tmp_path: Path) -> None:
+    done = make(tmp_path, "--out", tmp_path / "packed")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "config.json" in done.stderr

@@ -1,0 +1,209 @@
+"""What sharded attention costs by the physics: floating point operations, bytes sent, and which of them hide.
+
+Pure functions of shapes and of a machine's two rates; both frameworks choose a strategy by them and the planner tells
+what a run will cost. A hop of a ring hides behind its compute where a rank's tokens outweigh FLOPS ÷ bandwidth
+(arXiv 2310.01889, section 3); what does not hide is *exposed*, and the cheapest strategy is the one that exposes least.
+
+Symbols: n ranks, c = S/n tokens a rank, H query heads, K key-value heads, D head dim, u ranks that exchange heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+from lwm_core.attention import AttentionMask
+from lwm_core.errors import ShapeError, UnsupportedError
+from lwm_core.layout import LayoutKind
+
+STRATEGIES: tuple[str, ...] = ("ring", "usp", "ulysses", "allgather")
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # matrix products a pair of tokens and head: QKᵀ, PV; and five to go back
+CAUSAL = AttentionMask("causal")
+GRADIENT_BYTES = 4  # dK and dV travel in float32
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One layer's attention on one group of ranks.
+
+    Args:
+        seq_len: tokens S of the whole sequence.
+        heads, kv_heads: H and K of one tensor-parallel rank.
+        head_dim: D.
+        rows: sequences at a time.
+        element_bytes: of q, k, v and out.
+        document: mean tokens of a document; none: one document fills the sequence.
+        mask: which keys a query may see.
+    """
+
+    seq_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rows: int = 1
+    element_bytes: int = 2
+    document: int | None = None
+    mask: AttentionMask = CAUSAL
+
+    @property
+    def pairs(self) -> float:
+        """Query-key pairs of one head and row, where documents all have the mean length."""
+        document = min(self.document or self.seq_len, self.seq_len)
+        window = min(self.mask.window or document, document)
+        if self.mask.kind == "full":
+            return float(self.seq_len) * document
+        # Every query sees its window, but for the first of a document, which see what there is.
+        seen = window * (document - window) + window * (window + 1) / 2
+        return seen * self.seq_len / document
+
+    def flops(self, products: int) -> float:
+        """Floating point operations of ``products`` matrix products over all pairs, heads and rows."""
+        return 2.0 * products * self.pairs * self.heads * self.head_dim * self.rows
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """What a device computes and what it sends to a neighbour.
+
+    Args:
+        flops: floating point operations a second that an attention kernel reaches.
+        bandwidth: bytes a second, in one direction.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class StrategyCost:
+    """Of one layer, forward and backward together, on the busiest device.
+
+    Args:
+        strategy: its name; ``inner`` is u, 1 where no heads are exchanged.
+        compute: seconds of arithmetic.
+        exposed: seconds of communication that nothing hides.
+        sent: bytes that a device sends.
+        held: bytes of keys and values that a device holds at once.
+    """
+
+    strategy: str
+    inner: int
+    compute: float
+    exposed: float
+    sent: float
+    held: float
+
+    @property
+    def seconds(self) -> float:
+        """Compute and what is exposed beside it."""
+        return self.compute + self.exposed
+
+
+def repeated_kv_heads(heads: int, kv_heads: int, ranks: int) -> int:
+    """Key-value heads after they are repeated so that ``ranks`` divides them.
+
+    Raises:
+        UnsupportedError: query heads do not divide over the ranks, or copies of key-value heads over query heads.
+    """
+    total = lcm(kv_heads, ranks)
+    if heads % ranks or heads % total:
+        raise UnsupportedError(
+            f"{heads} query and {kv_heads} key-value heads cannot be dealt to {ranks} ranks; use a number that the "
+            "query heads divide by, and that the key-value heads divide by or are divided by"
+        )
+    return total
+
+
+def imbalance(layout: LayoutKind, shape: AttentionShape, world: int) -> float:
+    """The busiest rank's work over the mean: nearly 2 for one causal document in contiguous order, else near 1."""
+    causal = shape.mask.kind != "full" and shape.mask.window is None
+    if layout != "contiguous" or not causal or world == 1:
+        return 1.0
+    document = min(shape.document or shape.seq_len, shape.seq_len)
+    return 2.0 - 1.0 / world if document == shape.seq_len else 1.0
+
+
+def strategy_cost(
+    strategy: str, shape: AttentionShape, world: int, rates: MachineRates, layout: LayoutKind = "zigzag", inner: int = 1
+) -> StrategyCost:
+    """The cost of ``strategy`` over ``world`` ranks; ``inner`` is looked at for ``usp`` only.
+
+    Raises:
+        UnsupportedError: the strategy is unknown, or the heads do not divide over the ranks that exchange them.
+        ShapeError: ``inner`` does not divide ``world``.
+    """
+    if strategy not in STRATEGIES:
+        raise UnsupportedError(f"strategy {strategy!r} is unknown; expected one of {', '.join(STRATEGIES)}")
+    inner = {"usp": inner, "ulysses": world}.get(strategy, 1)
+    if world % inner:
+        raise ShapeError(f"usp: inner = {inner} does not divide {world} ranks")
+    kv_heads = repeated_kv_heads(shape.heads, shape.kv_heads, inner) if inner > 1 else shape.kv_heads
+    tokens = shape.rows * shape.seq_len / world
+    ranks = world // inner
+    balance = imbalance(layout, shape, ranks)
+    forward, backward = (
+        shape.flops(products) / world * balance / rates.flops for products in (FORWARD_PRODUCTS, BACKWARD_PRODUCTS)
+    )
+    keys = 2 * tokens * kv_heads * shape.head_dim  # elements of K and V of a device
+    key_bytes, gradient_bytes = keys * shape.element_bytes, keys * GRADIENT_BYTES
+    if strategy == "allgather":
+        sent = (world - 1) * (2 * key_bytes + gradient_bytes)
+        return StrategyCost(strategy, 1, forward + backward, sent / rates.bandwidth, sent, world * key_bytes)
+    queries = 2 * tokens * shape.heads * shape.head_dim * shape.element_bytes  # q and out, or dq and dout
+    exchanged = 2 * (queries + key_bytes) * (inner - 1) / inner
+    hops = ranks - 1
+    ring_forward, ring_backward = hops * key_bytes, hops * key_bytes + (hops + 1) * gradient_bytes if hops else 0.0
+    exposed = exchanged / rates.bandwidth
+    for moved, hidden_by in ((ring_forward, forward), (ring_backward, backward)):
+        exposed += max(0.0, moved / rates.bandwidth - hidden_by * hops / ranks)
+    held = key_bytes * (2 if hops else 1)  # what arrives beside what is in hand; exchanging heads changes neither
+    return StrategyCost(strategy, inner, forward + backward, exposed, exchanged + ring_forward + ring_backward, held)
+
+
+@dataclass(frozen=True)
+class StrategyChoice:
+    """The strategy that exposes least, and a line about each that was looked at."""
+
+    cost: StrategyCost
+    reasons: tuple[str, ...]
+
+
+def choose_strategy(
+    shape: AttentionShape,
+    world: int,
+    rates: MachineRates,
+    layout: LayoutKind = "zigzag",
+    memory: float | None = None,
+    strategies: Sequence[str] = STRATEGIES,
+) -> StrategyChoice:
+    """The strategy that takes the least time among those whose heads divide and whose keys fit.
+
+    Args:
+        memory: bytes that a device has for keys and values; none: they are not counted.
+        strategies: names to choose from; of equals the first is taken.
+
+    Raises:
+        UnsupportedError: none is left; the message says why each fell out.
+    """
+    kept: list[StrategyCost] = []
+    reasons: list[str] = []
+    for strategy in strategies:
+        sizes = [u for u in range(2, world) if world % u == 0] if strategy == "usp" else [1]
+        if strategy == "usp" and not sizes:
+            reasons.append(f"usp: {world} ranks cannot be split into exchanging and ringing ones")
+        for inner in sizes:
+            name = f"usp with inner = {inner}" if strategy == "usp" else strategy
+            try:
+                cost = strategy_cost(strategy, shape, world, rates, layout, inner)
+            except UnsupportedError as error:
+                reasons.append(f"{name}: {error}")
+                continue
+            if memory is not None and cost.held > memory:
+                reasons.append(f"{name}: holds {cost.held:.3g} bytes of keys and values, more than {memory:.3g}")
+                continue
+            reasons.append(f"{name}: {cost.compute:.3g} s of compute and {cost.exposed:.3g} s exposed")
+            kept.append(cost)
+    if not kept:
+        raise UnsupportedError(f"no attention strategy fits: {'; '.join(reasons)}")
+    return StrategyChoice(min(kept, key=lambda cost: cost.seconds), tuple(reasons))
