@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 import tomllib
@@ -109,6 +110,18 @@ def test_cheap_commands_run(command: str, folder: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert shown.out
+
+
+def test_sessions_and_folders_that_are_shown_are_there() -> None:
+    """``nox -s NAME`` names a session of the noxfile; ``pip install -e FOLDER`` names a distribution's folder."""
+    tree = ast.parse((ROOT / "noxfile.py").read_text())
+    sessions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
+    texts = [page.read_text() for page in PAGES]
+    shown = {name for text in texts for name in re.findall(r"nox -s ([\w-]+)", text)}
+    assert {"quickstart", "tests"} <= shown <= sessions | {"NAME"}
+    installs = [line for line in LINES if line.startswith("pip install")]
+    folders = {folder for line in installs for folder in re.findall(r"-e (\S+)", line)}
+    assert folders and not [folder for folder in folders if not (ROOT / folder / "pyproject.toml").is_file()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

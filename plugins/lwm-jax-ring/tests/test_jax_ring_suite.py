@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import Counter
+from math import lcm
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +16,64 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lwm_core.attention import AttentionMask
+from lwm_core.errors import UnsupportedError
 from lwm_core.layout import LAYOUTS, SequenceLayout
 from lwm_core.reference import attention_forward
 from lwm_core.testing import AttentionSuite, PluginSuite, relative_l2
 from lwm_jax_ring.attention.blocks import Keys, Queries, natural_indices, to_natural
 from lwm_jax_ring.attention.kernels import xla
-from lwm_jax_ring.attention.ring import RingSpec, ring_attention
+from lwm_jax_ring.attention.options import AttentionOptions
+from lwm_jax_ring.attention.ring import ring_attention
+from lwm_jax_ring.attention.strategies import STRATEGIES, attention_spec
+
+CAUSAL = AttentionMask("causal")
+
+
+def ring(world: int) -> Mesh:
+    """``world`` devices of this process."""
+    return Mesh(np.array(jax.devices()[:world]), ("sp",))
 
 
 class TestRing(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "ring", "query_chunk": 4, "key_chunk": 4}  # so that chunks are skipped and masked
+
+
+class TestAllgather(AttentionSuite):
+    name = "jax-ring"
+    options: ClassVar = {"strategy": "allgather", "query_chunk": 4, "key_chunk": 4}
+    worlds = (3, 4)
+
+
+def heads_refused(devices: int, heads: int, kv_heads: int) -> str:
+    """Why Ulysses over ``devices`` refuses these heads."""
+    times = lcm(kv_heads, devices) // kv_heads
+    fits = heads % devices == 0 and (heads // kv_heads) % times == 0
+    return "" if fits else f"{heads} query and {kv_heads} key-value heads cannot be dealt to {devices}"
+
+
+class TestUlysses(AttentionSuite):
+    name = "jax-ring"
+    options: ClassVar = {"strategy": "ulysses", "query_chunk": 4, "key_chunk": 4}
+    worlds = (3, 8)
+
+    def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
+        return heads_refused(world, heads, kv_heads)
+
+    def multiple(self, world: int, layout: str) -> int:
+        return world
+
+
+class TestUsp(AttentionSuite):
+    name = "jax-ring"
+    options: ClassVar = {"strategy": "usp", "query_chunk": 4, "key_chunk": 4}
+    worlds = (4, 8)
+
+    def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
+        return heads_refused({4: 2, 8: 2}.get(world, 1), heads, kv_heads)
+
+    def multiple(self, world: int, layout: str) -> int:
+        return lcm(world, super().multiple(world // 2, layout))
 
 
 class TestAttentionPlugin(PluginSuite):
@@ -84,47 +133,102 @@ def test_lengths_that_no_chunk_divides_are_padded_inside(length: int) -> None:
     random = np.random.default_rng(1)
     q, k, v = (random.standard_normal((2, length, 2, 8)).astype(np.float32) for _ in range(3))
     for mask in (AttentionMask("causal"), AttentionMask("full"), AttentionMask("causal", window=5)):
-        spec = RingSpec("sp", SequenceLayout("contiguous"), length, mask, 8**-0.5, 16, 32)
+        spec = attention_spec(AttentionOptions(query_chunk=16, key_chunk=32), ring(1), "sp", length, mask, 8)
         out = ring_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, spec)
         assert relative_l2(np.asarray(out), attention_forward(q, k, v, mask)[0]) < 1e-6
 
 
-def _program(world: int, length: int, dtype: str = "bfloat16") -> str:
-    """The compiled forward and backward of a ring, as text."""
-    mesh = Mesh(np.array(jax.devices()[:world]), ("sp",))
-    spec = RingSpec("sp", SequenceLayout("zigzag", world), length, AttentionMask("causal"), 0.25, 32, 32)
+def _loss(world: int, length: int, dtype: str, mask: AttentionMask, **options: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A scalar of attention over ``world`` devices, and the shapes of its arguments: q, k, v, segment ids."""
+    mesh = ring(world)
+    chosen = AttentionOptions(query_chunk=32, key_chunk=32, **options)
+    spec = attention_spec(chosen, mesh, "sp", length, mask, 16)
 
     def loss(q, k, v, segments):  # type: ignore[no-untyped-def]
         local = jax.shard_map(
-            lambda a, b, c, s: ring_attention(a, b, c, s, spec),
+            lambda a, b, c, s: STRATEGIES[chosen.strategy].attention(a, b, c, s, spec),
             mesh=mesh, in_specs=P(None, "sp"), out_specs=P(None, "sp"), check_vma=False,
         )  # fmt: skip
-        return local(q, k, v, segments).astype(jnp.float32).sum()
+        return jnp.sin(local(q, k, v, segments).astype(jnp.float32)).sum()
 
     q = jax.ShapeDtypeStruct((1, length, 4, 16), dtype)
     kv = jax.ShapeDtypeStruct((1, length, 2, 16), dtype)
-    segments = jax.ShapeDtypeStruct((1, length), "int32")
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, segments).as_text()
+    return loss, (q, kv, kv, jax.ShapeDtypeStruct((1, length), "int32"))
+
+
+def _sent(world: int, length: int, mask: AttentionMask = CAUSAL, **options: Any) -> Counter[tuple[str, str]]:
+    """(collective, dtype) → executions on one device of forward and backward, integers left out."""
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def walk(jaxpr: Any, times: int) -> None:
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if name in ("ppermute", "all_gather", "all_to_all", "reduce_scatter"):
+                kind = str(equation.invars[0].aval.dtype)
+                counts[name, kind] += 0 if kind.startswith("int") else times
+            again = equation.params.get("length", 1) if name == "scan" else 1
+            for value in equation.params.values():
+                for inner in value if isinstance(value, (tuple, list)) else (value,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        walk(inner, times * again)
+
+    loss, arguments = _loss(world, length, "bfloat16", mask, **options)
+    walk(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arguments).jaxpr, 1)
+    return +counts
+
+
+def test_a_kernel_of_another_device_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="needs a TPU, but the devices are cpu; use kernel = 'xla'"):
+        attention_spec(AttentionOptions(kernel="pallas-tpu"), ring(2), "sp", 64, CAUSAL, 16)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "ulysses", "usp"])
+def test_the_tpu_kernel_in_every_strategy(strategy: str) -> None:
+    """Interpreted, over four devices, with documents: as the xla kernel, forward and backward."""
+    random = np.random.default_rng(3)
+    loss, _ = _loss(4, 512, "float32", CAUSAL, strategy=strategy)
+    other, _ = _loss(4, 512, "float32", CAUSAL, strategy=strategy, kernel="pallas-tpu", interpret=True)
+    q, k, v = (jnp.asarray(random.standard_normal((1, 512, heads, 16)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.sort(random.integers(1, 5, (1, 512))), jnp.int32)
+    for expected, got in zip(*(jax.jit(jax.grad(f, (0, 1, 2)))(q, k, v, segments) for f in (loss, other)), strict=True):
+        assert relative_l2(np.asarray(got), np.asarray(expected)) < 1e-5
 
 
 def test_one_rank_sends_nothing() -> None:
-    assert "collective_permute" not in _program(1, 64)
+    assert not _sent(1, 64)
 
 
-def test_keys_travel_in_their_own_dtype_and_gradients_in_float32() -> None:
-    """K, V and segment ids are sent inside the two loops; dK and dV inside the second, and once more to come home."""
-    lines = [line for line in _program(4, 256).splitlines() if "collective_permute" in line]
-    kinds = [line.rsplit("->", 1)[1].strip() for line in lines]
-    wide = [kind for kind in kinds if "f32" in kind and "bf16" not in kind]
-    narrow = [kind for kind in kinds if "bf16" in kind]
-    assert len(narrow) == 4, kinds  # K and V in the forward loop, K and V in the backward loop
-    assert len(wide) == 4, kinds  # dK and dV in the backward loop, dK and dV home
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_keys_travel_in_their_own_dtype_and_gradients_in_float32(world: int) -> None:
+    """n−1 transfers of K and V in each pass, n of dK and dV: two arrays each."""
+    sent = {("ppermute", "bfloat16"): 2 * 2 * (world - 1), ("ppermute", "float32"): 2 * world}
+    assert _sent(world, 192) == sent
+
+
+def test_hops_out_of_the_window_are_not_sent() -> None:
+    """A window of less than a rank's tokens needs one hop of eight; in zigzag halves the neighbours on either side."""
+    window = AttentionMask("causal", window=16)
+    near = _sent(8, 256, window, layout="contiguous")
+    assert near == {("ppermute", "bfloat16"): 4, ("ppermute", "float32"): 4}
+    folded = _sent(8, 256, window, layout="zigzag")
+    assert folded == {("ppermute", "bfloat16"): 8, ("ppermute", "float32"): 6}
+
+
+def test_what_the_other_strategies_send() -> None:
+    """Two gathers a pass and a scatter of float32 gradients; eight all-to-alls; both kinds where both are used."""
+    assert _sent(4, 256, strategy="allgather") == {("all_gather", "bfloat16"): 4, ("reduce_scatter", "float32"): 2}
+    assert _sent(2, 256, strategy="ulysses") == {("all_to_all", "bfloat16"): 8}
+    assert _sent(4, 256, strategy="usp") == {
+        ("all_to_all", "bfloat16"): 8, ("ppermute", "bfloat16"): 4, ("ppermute", "float32"): 4
+    }  # fmt: skip
 
 
 def test_no_buffer_grows_with_the_square_of_the_length() -> None:
     """Neither the whole S×S nor a rank's C×C scores exist in the lowered program, and no mask of that size."""
     world, length = 4, 2048
-    text = _program(world, length, "float32")
+    loss, arguments = _loss(world, length, "float32", CAUSAL)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).as_text()
     local = length // world
     for rows in (length, local):
         for columns in (length, local):

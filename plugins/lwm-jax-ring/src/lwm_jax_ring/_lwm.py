@@ -4,7 +4,7 @@ from lwm_core.registry import PluginSpec
 
 attention = PluginSpec(
     name="jax-ring",
-    summary="Ring attention over the sp axis of a JAX mesh",
+    summary="Ring, all-gather, Ulysses and USP attention over the sp axis of a JAX mesh",
     factory="lwm_jax_ring.attention.backend:factory",
     options="lwm_jax_ring.attention.options:AttentionOptions",
     needs=("jax",),
@@ -15,9 +15,9 @@ attention = PluginSpec(
         "segment_ids": True,
         "gqa": True,
         "dtypes": ("float32", "bfloat16"),
-        "strategies": ("ring",),
+        "strategies": ("ring", "allgather", "ulysses", "usp"),
         "layouts": ("contiguous", "zigzag", "striped"),
-        "kernels": ("xla",),
+        "kernels": ("xla", "pallas-tpu"),
     },
     priority=10,
 )

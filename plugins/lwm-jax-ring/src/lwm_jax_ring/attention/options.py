@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class AttentionOptions(BaseModel):
@@ -12,10 +12,29 @@ class AttentionOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    strategy: Literal["ring"] = Field("ring", description="how keys and values reach the queries")
-    layout: Literal["contiguous", "zigzag", "striped"] = Field(
-        "zigzag", description="how tokens are dealt to ranks; zigzag evens out causal work"
+    strategy: Literal["ring", "allgather", "ulysses", "usp"] = Field(
+        "ring", description="how keys and values reach the queries"
     )
-    kernel: Literal["xla"] = Field("xla", description="what computes a block between two transfers")
-    query_chunk: int = Field(256, gt=0, description="queries computed at a time, in tokens")
-    key_chunk: int = Field(256, gt=0, description="keys computed at a time, in tokens")
+    layout: Literal["contiguous", "zigzag", "striped"] = Field(
+        "zigzag", description="how tokens are dealt to ranks; zigzag evens out causal work; ulysses has one rank"
+    )
+    inner: int | None = Field(
+        None, gt=0, description="usp: neighbours that exchange heads; sp's largest divisor up to its root by default"
+    )
+    kernel: Literal["auto", "xla", "pallas-tpu"] = Field(
+        "auto", description="what computes a block between two transfers; auto: pallas-tpu on a TPU, else xla"
+    )
+    query_chunk: int = Field(256, gt=0, description="xla: queries computed at a time, in tokens")
+    key_chunk: int = Field(256, gt=0, description="xla: keys computed at a time, in tokens")
+    block_q: int | None = Field(None, gt=0, description="pallas-tpu: queries computed at a time; by dtype by default")
+    block_k: int | None = Field(None, gt=0, description="pallas-tpu: keys computed at a time; by dtype by default")
+    interpret: bool = Field(False, description="pallas-tpu: interpret the kernel where there is no TPU; slow")
+    softcap: float | None = Field(
+        None, gt=0, description="bends the scores softly into ±softcap, for models trained so; none: as they are"
+    )
+
+    @model_validator(mode="after")
+    def _inner_is_usps(self) -> AttentionOptions:
+        if self.inner is not None and self.strategy != "usp":
+            raise ValueError(f"inner belongs to strategy 'usp', but strategy is {self.strategy!r}; remove it")
+        return self

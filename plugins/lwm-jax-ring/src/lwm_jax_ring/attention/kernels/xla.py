@@ -10,6 +10,7 @@ Nq, Nk numbers of chunks. Queries of a group lie side by side as rows: G·c rows
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lwm_jax_ring.attention.blocks import Keys, Queries
+from lwm_jax_ring.attention.kernels.contract import capped
 
 SKIP, WHOLE, MASKED = 0, 1, 2
 
@@ -136,7 +138,14 @@ def _absorb(state: State, scores: jax.Array, v: jax.Array, guard: bool) -> State
 
 
 def forward_block(
-    state: State, split_q: jax.Array, queries: Queries, k: jax.Array, v: jax.Array, keys: Keys, chunk: int
+    state: State,
+    split_q: jax.Array,
+    queries: Queries,
+    k: jax.Array,
+    v: jax.Array,
+    keys: Keys,
+    chunk: int,
+    softcap: float | None = None,
 ) -> State:
     """Let all query chunks see one rank's keys.
 
@@ -159,10 +168,10 @@ def forward_block(
             k_t, v_t, k_mask = y
 
             def whole(s):  # type: ignore[no-untyped-def]
-                return _absorb(s, _dot(q, k_t), v_t, guard=False)
+                return _absorb(s, capped(_dot(q, k_t), softcap), v_t, guard=False)
 
             def masked(s):  # type: ignore[no-untyped-def]
-                scores = jnp.where(_seen(q_mask, k_mask, groups), _dot(q, k_t), -jnp.inf)
+                scores = jnp.where(_seen(q_mask, k_mask, groups), capped(_dot(q, k_t), softcap), -jnp.inf)
                 return _absorb(s, scores, v_t, guard=True)
 
             return lax.switch(classify(q_mask, k_mask), (lambda s: s, whole, masked), carry), None
@@ -191,22 +200,21 @@ class Saved(NamedTuple):
 
 def backward_block(
     dq: jax.Array,
-    dk: jax.Array,
-    dv: jax.Array,
     saved: Saved,
     queries: Queries,
     k: jax.Array,
     v: jax.Array,
     keys: Keys,
     chunk: int,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Add one rank's keys' share to dq, and all query chunks' share to that rank's dk and dv.
+    """Add one rank's keys' share to dq; and the dk and dv of those keys, ``[Nk, B, K, t, D]`` float32.
 
     Args:
         dq: ``[Nq, B, K, G·c, D]`` float32, with respect to the unscaled query but for the softmax scale.
-        dk, dv: ``[Nk, B, K, t, D]`` float32.
     """
     k_split, v_split, key_mask = split_keys(k, chunk), split_keys(v, chunk), split_key_mask(keys, chunk)
+    zeros = jnp.zeros_like(k_split, dtype=jnp.float32)
 
     def per_key(dq_all, x):  # type: ignore[no-untyped-def]
         dk_t, dv_t, k_t, v_t, k_mask = x
@@ -218,11 +226,12 @@ def backward_block(
 
             def pair(args, mask_pair):  # type: ignore[no-untyped-def]
                 dq_c, dk_c, dv_c = args
-                scores = _dot(s.q, k_turned)
+                scores = capped(_dot(s.q, k_turned), softcap)
+                slope = 1.0 if softcap is None else 1.0 - jnp.square(scores / softcap)
                 if mask_pair:
                     scores = jnp.where(_seen(q_mask, k_mask, groups), scores, -jnp.inf)
                 weights = jnp.exp(scores - s.lse[..., None])
-                dscores = (weights * (_dot(s.dout, v_turned) - s.delta[..., None])).astype(k_t.dtype)
+                dscores = (weights * slope * (_dot(s.dout, v_turned) - s.delta[..., None])).astype(k_t.dtype)
                 dv_c += _dot(jnp.swapaxes(weights.astype(k_t.dtype), -1, -2), s.dout)
                 dk_c += _dot(jnp.swapaxes(dscores, -1, -2), s.q)
                 return dq_c + _dot(dscores, k_t), dk_c, dv_c
@@ -234,5 +243,72 @@ def backward_block(
         (dk_t, dv_t), dq_all = lax.scan(per_query, (dk_t, dv_t), (dq_all, saved, queries))
         return dq_all, (dk_t, dv_t)
 
-    dq, (dk, dv) = lax.scan(per_key, dq, (dk, dv, k_split, v_split, key_mask))
+    dq, (dk, dv) = lax.scan(per_key, dq, (zeros, zeros, k_split, v_split, key_mask))
     return dq, dk, dv
+
+
+class _Prepared(NamedTuple):
+    q: jax.Array
+    mask: Queries
+
+
+class _PreparedBackward(NamedTuple):
+    saved: Saved
+    mask: Queries
+
+
+@dataclass(frozen=True)
+class XlaKernel:
+    """See :class:`~lwm_jax_ring.attention.kernels.contract.Kernel`.
+
+    Args:
+        scale: softmax scale.
+        query_chunk, key_chunk: tokens computed at a time; see :func:`chunk_length`.
+        softcap: see :func:`~lwm_jax_ring.attention.kernels.contract.capped`; none: scores stay as they are.
+    """
+
+    scale: float
+    query_chunk: int
+    key_chunk: int
+    softcap: float | None = None
+
+    def queries(self, q: jax.Array, mask: Queries, kv_heads: int) -> _Prepared:
+        scaled = q * jnp.asarray(self.scale, q.dtype)
+        return _Prepared(split_queries(scaled, kv_heads, self.query_chunk), split_query_mask(mask, self.query_chunk))
+
+    def start(self, queries: _Prepared) -> State:
+        return start(queries.q)
+
+    def absorb(self, state: State, queries: _Prepared, k: jax.Array, v: jax.Array, keys: Keys) -> State:
+        return forward_block(state, queries.q, queries.mask, k, v, keys, self.key_chunk, self.softcap)
+
+    def finish(self, state: State, length: int) -> tuple[jax.Array, jax.Array]:
+        out, lse = finish(state)
+        lse = join_queries(lse[..., None], length, self.query_chunk)[..., 0]
+        return join_queries(out, length, self.query_chunk), lse
+
+    def saved(
+        self, q: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, mask: Queries, kv_heads: int
+    ) -> _PreparedBackward:
+        def split(x: jax.Array) -> jax.Array:
+            return split_queries(x, kv_heads, self.query_chunk)
+
+        saved = Saved(
+            q=split(q * jnp.asarray(self.scale, q.dtype)),
+            dout=split(dout.astype(q.dtype)),
+            lse=split(lse[..., None])[..., 0],
+            delta=split(delta[..., None])[..., 0],
+        )
+        return _PreparedBackward(saved, split_query_mask(mask, self.query_chunk))
+
+    def start_gradient(self, saved: _PreparedBackward) -> jax.Array:
+        return jnp.zeros(saved.saved.q.shape, jnp.float32)
+
+    def gradients(
+        self, dq: jax.Array, saved: _PreparedBackward, k: jax.Array, v: jax.Array, keys: Keys
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dq, dk, dv = backward_block(dq, saved.saved, saved.mask, k, v, keys, self.key_chunk, self.softcap)
+        return dq, join_keys(dk, k.shape[1]), join_keys(dv, k.shape[1])
+
+    def finish_gradient(self, dq: jax.Array, length: int) -> jax.Array:
+        return join_queries(dq * self.scale, length, self.query_chunk)
