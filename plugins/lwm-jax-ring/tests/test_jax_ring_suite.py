@@ -23,7 +23,7 @@ from lwm_core.testing import AttentionSuite, PluginSuite, relative_l2
 from lwm_jax_ring.attention.blocks import Keys, Queries, natural_indices, to_natural
 from lwm_jax_ring.attention.kernels import xla
 from lwm_jax_ring.attention.options import AttentionOptions
-from lwm_jax_ring.attention.ring import ring_attention
+from lwm_jax_ring.attention.ring import RING
 from lwm_jax_ring.attention.strategies import STRATEGIES, attention_spec
 
 CAUSAL = AttentionMask("causal")
@@ -105,16 +105,14 @@ def test_blocks_merge_in_any_order(order: list[int], hidden: set[int], seed: int
     segments = np.where(np.isin(index // 2, list(hidden)), 0, 1).astype(np.int32)[None]
     everyone = jnp.ones((1, 8), jnp.int32)
     queries = Queries(jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 7, jnp.int32), everyone)
-    split_q = xla.split_queries(jnp.asarray(q) * 0.5, 2, 4)
-    state = xla.start(split_q)
+    kernel = xla.XlaKernel(scale=0.5, query_chunk=4, key_chunk=2)
+    prepared = kernel.queries(jnp.asarray(q), queries, 2)
+    state = kernel.start(prepared)
     for block in order:
         part = slice(2 * block, 2 * block + 2)
         keys = Keys(jnp.asarray(index[part], jnp.int32), jnp.asarray(segments[:, part]))
-        state = xla.forward_block(
-            state, split_q, xla.split_query_mask(queries, 4), jnp.asarray(k[:, part]), jnp.asarray(v[:, part]), keys, 2
-        )
-    out, lse = xla.finish(state)
-    out, lse = xla.join_queries(out, 8, 4), xla.join_queries(lse[..., None], 8, 4)[..., 0]
+        state = kernel.absorb(state, prepared, jnp.asarray(k[:, part]), jnp.asarray(v[:, part]), keys)
+    out, lse = kernel.finish(state, 8)
     seen = np.flatnonzero(segments[0])
     if seen.size == 0:
         assert not np.any(out) and np.all(np.isneginf(lse))
@@ -134,7 +132,7 @@ def test_lengths_that_no_chunk_divides_are_padded_inside(length: int) -> None:
     q, k, v = (random.standard_normal((2, length, 2, 8)).astype(np.float32) for _ in range(3))
     for mask in (AttentionMask("causal"), AttentionMask("full"), AttentionMask("causal", window=5)):
         spec = attention_spec(AttentionOptions(query_chunk=16, key_chunk=32), ring(1), "sp", length, mask, 8)
-        out = ring_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, spec)
+        out = RING.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), None, spec)
         assert relative_l2(np.asarray(out), attention_forward(q, k, v, mask)[0]) < 1e-6
 
 

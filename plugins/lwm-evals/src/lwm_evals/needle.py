@@ -42,14 +42,14 @@ class NeedleSuite:
         questions = Questions(self.options, context)
         journal = Journal(_journal_path(context.out), questions.fingerprint())
         plan = self.plan(context)
-        todo = {
+        remaining = {
             length: [i for i in range(count) if (context.stage, length, i) not in journal.rows]
             for length, count in plan.items()
         }
         total = sum(plan.values())
-        done = total - sum(map(len, todo.values()))
+        done = total - sum(map(len, remaining.values()))
         context.progress(done, total)
-        for length, samples in todo.items():
+        for length, samples in remaining.items():
             size = batch_size(len(samples), self.options.batch_tokens // length)
             for start in range(0, len(samples), size):
                 batch = [questions.question(length, i) for i in samples[start : start + size]]

@@ -84,8 +84,3 @@ class AttentionSpec:
     def keys(self, rank: jax.Array, segments: jax.Array | None) -> Keys:
         """The mask side of the keys of ``rank``."""
         return Keys(natural_indices(self.layout, self.seq_len, rank % self.world), segments)
-
-
-def residual_lse(lse: jax.Array) -> jax.Array:
-    """lse for the backward pass: +inf where a query saw nothing, so that its weights are 0."""
-    return jnp.where(jnp.isneginf(lse), jnp.inf, lse)

@@ -5,42 +5,25 @@ Shapes: B batch, S sequence, H query heads, K key-value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.layout import SequenceLayout
-from lwm_jax_ring.attention.allgather import allgather_attention, allgather_forward
+from lwm_jax_ring.attention.allgather import ALLGATHER
 from lwm_jax_ring.attention.kernels.contract import Kernel
 from lwm_jax_ring.attention.kernels.xla import XlaKernel, chunk_length
 from lwm_jax_ring.attention.options import AttentionOptions
-from lwm_jax_ring.attention.ring import ring_attention, ring_forward
+from lwm_jax_ring.attention.ring import RING
 from lwm_jax_ring.attention.spec import AttentionSpec
-from lwm_jax_ring.attention.ulysses import ulysses_attention, ulysses_forward
+from lwm_jax_ring.attention.ulysses import ULYSSES
 
 DTYPES = ("float32", "bfloat16")
 
-
-
-
-class Strategy(NamedTuple):
-    """Attention of one device, inside ``shard_map``: functions of (q, k, v, segments, spec)."""
-
-    attention: Callable[..., jax.Array]  # out, differentiable
-    forward: Callable[..., tuple[jax.Array, jax.Array]]  # out and lse
-
-
-STRATEGIES = {
-    "ring": Strategy(ring_attention, ring_forward),
-    "allgather": Strategy(allgather_attention, allgather_forward),
-    "ulysses": Strategy(ulysses_attention, ulysses_forward),
-    "usp": Strategy(ulysses_attention, ulysses_forward),
-}
+STRATEGIES = {"ring": RING, "allgather": ALLGATHER, "ulysses": ULYSSES, "usp": ULYSSES}
 
 
 def inner_ranks(options: AttentionOptions, world: int) -> int:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lwm_core.attention_cost import repeated_kv_heads
-from lwm_jax_ring.attention.ring import ring_attention, ring_forward
+from lwm_jax_ring.attention.differentiable import Attention
+from lwm_jax_ring.attention.ring import RING
 from lwm_jax_ring.attention.spec import AttentionSpec
 
 
@@ -57,20 +58,18 @@ def _exchanged(
     return _to_heads(q, spec), _to_heads(k, spec), _to_heads(v, spec), segments
 
 
-def ulysses_attention(
+def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, spec: AttentionSpec
 ) -> jax.Array:
-    """Differentiable attention of one device, inside ``shard_map``.
-
-    Raises:
-        UnsupportedError: the heads do not divide over ``spec.inner``.
-    """
-    return _to_tokens(ring_attention(*_exchanged(q, k, v, segments, spec), spec), spec)
+    return _to_tokens(RING.attention(*_exchanged(q, k, v, segments, spec), spec), spec)
 
 
-def ulysses_forward(
+def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, spec: AttentionSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """out ``[B,C,H,D]`` and lse ``[B,C,H]``."""
-    out, lse = ring_forward(*_exchanged(q, k, v, segments, spec), spec)
+    out, lse = RING.forward(*_exchanged(q, k, v, segments, spec), spec)
     return _to_tokens(out, spec), _to_tokens(lse[..., None], spec)[..., 0]
+
+
+ULYSSES = Attention(_attention, _forward)
+"""Raises UnsupportedError where the heads do not divide over ``spec.inner``."""

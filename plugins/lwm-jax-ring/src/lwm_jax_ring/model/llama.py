@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from lwm_core.model import ModelConfig
-from lwm_jax_ring.attention.ring import LSE_NAME, OUT_NAME
+from lwm_jax_ring.attention.differentiable import LSE_NAME, OUT_NAME
 from lwm_jax_ring.model.rope import RopeTables, rope_angles, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]

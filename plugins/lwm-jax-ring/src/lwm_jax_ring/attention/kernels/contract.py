@@ -67,12 +67,3 @@ class Kernel(Protocol):
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     """Scores bent softly into ±softcap: ``cap · tanh(scores / cap)`` (Gemma 2, arXiv 2408.00118, section 2)."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-
-
-def merge(
-    out: jax.Array, lse: jax.Array, more_out: jax.Array, more_lse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Two finished parts as one: out ``[...,D]`` and lse ``[...]``; a part whose lse is −inf has weight 0."""
-    total = jnp.logaddexp(lse, more_lse)
-    base = jnp.where(jnp.isneginf(total), 0.0, total)
-    return jnp.exp(lse - base)[..., None] * out + jnp.exp(more_lse - base)[..., None] * more_out, total

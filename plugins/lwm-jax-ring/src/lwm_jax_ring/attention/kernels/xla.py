@@ -137,22 +137,20 @@ def _absorb(state: State, scores: jax.Array, v: jax.Array, guard: bool) -> State
     return State(out, top, total)
 
 
+class Prepared(NamedTuple):
+    """What all query chunks bring to the forward pass."""
+
+    q: jax.Array  # [Nq, B, K, G·c, D], multiplied by the softmax scale
+    mask: Queries  # by chunks
+
+
 def forward_block(
-    state: State,
-    split_q: jax.Array,
-    queries: Queries,
-    k: jax.Array,
-    v: jax.Array,
-    keys: Keys,
-    chunk: int,
-    softcap: float | None = None,
+    state: State, queries: Prepared, k: jax.Array, v: jax.Array, keys: Keys, chunk: int, softcap: float | None
 ) -> State:
     """Let all query chunks see one rank's keys.
 
     Args:
-        state: of all query chunks.
-        split_q: ``[Nq, B, K, G·c, D]``, already multiplied by the softmax scale.
-        queries: by chunks.
+        state, queries: of all query chunks.
         k, v: ``[B, C, K, D]`` of the rank whose keys these are.
         keys: their mask side, not yet by chunks.
         chunk: key chunk t.
@@ -178,7 +176,7 @@ def forward_block(
 
         return None, lax.scan(per_key, chunk_state, (k_turned, v_split, key_mask))[0]
 
-    return lax.scan(per_query, None, (state, split_q, queries))[1]
+    return lax.scan(per_query, None, (state, queries.q, queries.mask))[1]
 
 
 def finish(state: State) -> tuple[jax.Array, jax.Array]:
@@ -196,17 +194,11 @@ class Saved(NamedTuple):
     dout: jax.Array  # [Nq, B, K, G·c, D]
     lse: jax.Array  # [Nq, B, K, G·c]; +inf where nothing was seen, so that its weights are 0
     delta: jax.Array  # [Nq, B, K, G·c], sum of out · dout
+    mask: Queries  # by chunks
 
 
 def backward_block(
-    dq: jax.Array,
-    saved: Saved,
-    queries: Queries,
-    k: jax.Array,
-    v: jax.Array,
-    keys: Keys,
-    chunk: int,
-    softcap: float | None = None,
+    dq: jax.Array, saved: Saved, k: jax.Array, v: jax.Array, keys: Keys, chunk: int, softcap: float | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Add one rank's keys' share to dq; and the dk and dv of those keys, ``[Nk, B, K, t, D]`` float32.
 
@@ -221,15 +213,15 @@ def backward_block(
         k_turned, v_turned = jnp.swapaxes(k_t, -1, -2), jnp.swapaxes(v_t, -1, -2)
 
         def per_query(carry, y):  # type: ignore[no-untyped-def]
-            dq_c, s, q_mask = y
-            groups = s.q.shape[-2] // q_mask.low.shape[-1]
+            dq_c, s = y
+            groups = s.q.shape[-2] // s.mask.low.shape[-1]
 
             def pair(args, mask_pair):  # type: ignore[no-untyped-def]
                 dq_c, dk_c, dv_c = args
                 scores = capped(_dot(s.q, k_turned), softcap)
                 slope = 1.0 if softcap is None else 1.0 - jnp.square(scores / softcap)
                 if mask_pair:
-                    scores = jnp.where(_seen(q_mask, k_mask, groups), scores, -jnp.inf)
+                    scores = jnp.where(_seen(s.mask, k_mask, groups), scores, -jnp.inf)
                 weights = jnp.exp(scores - s.lse[..., None])
                 dscores = (weights * slope * (_dot(s.dout, v_turned) - s.delta[..., None])).astype(k_t.dtype)
                 dv_c += _dot(jnp.swapaxes(weights.astype(k_t.dtype), -1, -2), s.dout)
@@ -237,24 +229,14 @@ def backward_block(
                 return dq_c + _dot(dscores, k_t), dk_c, dv_c
 
             branches = (lambda a: a, lambda a: pair(a, False), lambda a: pair(a, True))
-            dq_c, dk_c, dv_c = lax.switch(classify(q_mask, k_mask), branches, (dq_c, *carry))
+            dq_c, dk_c, dv_c = lax.switch(classify(s.mask, k_mask), branches, (dq_c, *carry))
             return (dk_c, dv_c), dq_c
 
-        (dk_t, dv_t), dq_all = lax.scan(per_query, (dk_t, dv_t), (dq_all, saved, queries))
+        (dk_t, dv_t), dq_all = lax.scan(per_query, (dk_t, dv_t), (dq_all, saved))
         return dq_all, (dk_t, dv_t)
 
     dq, (dk, dv) = lax.scan(per_key, dq, (zeros, zeros, k_split, v_split, key_mask))
     return dq, dk, dv
-
-
-class _Prepared(NamedTuple):
-    q: jax.Array
-    mask: Queries
-
-
-class _PreparedBackward(NamedTuple):
-    saved: Saved
-    mask: Queries
 
 
 @dataclass(frozen=True)
@@ -272,15 +254,15 @@ class XlaKernel:
     key_chunk: int
     softcap: float | None = None
 
-    def queries(self, q: jax.Array, mask: Queries, kv_heads: int) -> _Prepared:
+    def queries(self, q: jax.Array, mask: Queries, kv_heads: int) -> Prepared:
         scaled = q * jnp.asarray(self.scale, q.dtype)
-        return _Prepared(split_queries(scaled, kv_heads, self.query_chunk), split_query_mask(mask, self.query_chunk))
+        return Prepared(split_queries(scaled, kv_heads, self.query_chunk), split_query_mask(mask, self.query_chunk))
 
-    def start(self, queries: _Prepared) -> State:
+    def start(self, queries: Prepared) -> State:
         return start(queries.q)
 
-    def absorb(self, state: State, queries: _Prepared, k: jax.Array, v: jax.Array, keys: Keys) -> State:
-        return forward_block(state, queries.q, queries.mask, k, v, keys, self.key_chunk, self.softcap)
+    def absorb(self, state: State, queries: Prepared, k: jax.Array, v: jax.Array, keys: Keys) -> State:
+        return forward_block(state, queries, k, v, keys, self.key_chunk, self.softcap)
 
     def finish(self, state: State, length: int) -> tuple[jax.Array, jax.Array]:
         out, lse = finish(state)
@@ -289,25 +271,25 @@ class XlaKernel:
 
     def saved(
         self, q: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, mask: Queries, kv_heads: int
-    ) -> _PreparedBackward:
+    ) -> Saved:
         def split(x: jax.Array) -> jax.Array:
             return split_queries(x, kv_heads, self.query_chunk)
 
-        saved = Saved(
+        return Saved(
             q=split(q * jnp.asarray(self.scale, q.dtype)),
             dout=split(dout.astype(q.dtype)),
             lse=split(lse[..., None])[..., 0],
             delta=split(delta[..., None])[..., 0],
+            mask=split_query_mask(mask, self.query_chunk),
         )
-        return _PreparedBackward(saved, split_query_mask(mask, self.query_chunk))
 
-    def start_gradient(self, saved: _PreparedBackward) -> jax.Array:
-        return jnp.zeros(saved.saved.q.shape, jnp.float32)
+    def start_gradient(self, saved: Saved) -> jax.Array:
+        return jnp.zeros(saved.q.shape, jnp.float32)
 
     def gradients(
-        self, dq: jax.Array, saved: _PreparedBackward, k: jax.Array, v: jax.Array, keys: Keys
+        self, dq: jax.Array, saved: Saved, k: jax.Array, v: jax.Array, keys: Keys
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        dq, dk, dv = backward_block(dq, saved.saved, saved.mask, k, v, keys, self.key_chunk, self.softcap)
+        dq, dk, dv = backward_block(dq, saved, k, v, keys, self.key_chunk, self.softcap)
         return dq, join_keys(dk, k.shape[1]), join_keys(dv, k.shape[1])
 
     def finish_gradient(self, dq: jax.Array, length: int) -> jax.Array:
