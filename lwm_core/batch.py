@@ -60,10 +60,10 @@ class PackedBatch:
     Args:
         tokens: int32 inputs.
         targets: int32; ``targets[b, s]`` is the token after ``tokens[b, s]`` *in its document*, shifted before any
-            layout permutes the row.
+            layout permutes the row. A document's last token may have one too where its feed knows what follows.
         segment_ids: int32; the document number in the row, from 1; 0 is padding.
         positions: int32; restart at 0 in each document; feed RoPE only.
-        loss_weights: float32; the weight of each target; 0 at a document's last token and at padding.
+        loss_weights: float32; the weight of each target; 0 where there is no target, and at padding.
 
     Raises:
         ShapeError: shapes differ, or padding carries loss weight.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lwm_core.config.document import OVERRIDE, KeyPath, Origin, Origins, dotted, origin_of
 from lwm_core.config.fields import field_at, fields_of, models_at, nested_models
@@ -113,7 +113,7 @@ def _finding(
     kind = error["type"]
     path, branch = _path(error["loc"], model, origins, prefix, last_is_key=kind in ("missing", "extra_forbidden"))
     if kind == "extra_forbidden":
-        return _Finding(path, message=_unknown(path, model, prefix, owner))
+        return _Finding(path, message=_unknown(path, _tagged(models_at(model, path[:-1]), error), model, prefix, owner))
     if kind == "missing":
         info = field_at(model, path)
         about = f" ({info.description})" if info is not None and info.description else ""
@@ -131,7 +131,8 @@ def _path(
     """The key path in a pydantic location, which also names the alternatives of unions; whether it named any.
 
     An alternative may be called like a key of its neighbour (``kind = "text"`` beside a key ``text``), so every reading
-    is tried: the one that leaves out least is taken, and of those one that stands in the document.
+    is tried: the one that leaves out least is taken, and of those one that stands in the document. The table of a
+    missing or unknown key (``last_is_key``) does stand there.
     """
     readings: list[tuple[int, KeyPath]] = [(0, ())]
     for position, part in enumerate(location):
@@ -144,10 +145,24 @@ def _path(
             longer.append((left_out + 1, path))
         readings = longer
     last = location[-1:]
-    left_out, path = min(
-        readings, key=lambda one: (one[0], (*prefix, *one[1]) not in origins, one[1][-1:] != last, -len(one[1]))
-    )
+
+    def stands(path: KeyPath) -> bool:
+        return any(key[: len(prefix) + len(path)] == (*prefix, *path) for key in origins)
+
+    def rank(reading: tuple[int, KeyPath]) -> tuple[bool, int, bool, bool, int]:
+        left_out, path = reading
+        homeless = last_is_key and not stands(path[:-1])
+        return homeless, left_out, (*prefix, *path) not in origins, path[-1:] != last, -len(path)
+
+    left_out, path = min(readings, key=rank)
     return path, left_out > 0
+
+
+def _tagged(models: list[type[BaseModel]], error: ErrorDetails) -> list[type[BaseModel]]:
+    """Of a tagged union's models those that the location's tag names; of anything else all."""
+    tag = error["loc"][-2] if len(error["loc"]) > 1 else None
+    meant = [one for one in models if any(tag in get_args(info.annotation) for info in fields_of(one).values())]
+    return meant or models
 
 
 def _blamed(path: KeyPath, message: str, origins: Origins, prefix: KeyPath) -> KeyPath:
@@ -186,10 +201,12 @@ def _joined(findings: list[_Finding]) -> Iterator[_Finding]:
                 yield _Finding(path, " or ".join(dict.fromkeys(one.expected for one in same)), finding.got)
 
 
-def _unknown(path: KeyPath, model: type[BaseModel], prefix: KeyPath, owner: str | None) -> str:
+def _unknown(
+    path: KeyPath, allowed: list[type[BaseModel]], model: type[BaseModel], prefix: KeyPath, owner: str | None
+) -> str:
     key = str(path[-1])
     what = f"unknown option of {owner}" if owner else "unknown key"
-    known = list(dict.fromkeys(name for one in models_at(model, path[:-1]) for name in fields_of(one)))
+    known = list(dict.fromkeys(name for one in allowed for name in fields_of(one)))
     near = difflib.get_close_matches(key.lower().replace("-", "_"), known, 1)
     if near:
         return f"{what}; did you mean {near[0]}?"

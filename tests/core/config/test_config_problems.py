@@ -50,6 +50,25 @@ class Ring(BaseModel):
         return value
 
 
+class Prose(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["text"]
+    path: str
+
+
+class Echo(BaseModel):
+    """Has a key that is called as its neighbour's kind is."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["copy"]
+    text: int = Field(1, gt=0)
+
+
+class Tagged(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    sources: dict[str, Annotated[Prose | Echo, Field(discriminator="kind")]]
+
+
 class Needy(BaseModel):
     model_config = ConfigDict(extra="forbid")
     must: int = Field(description="how many")
@@ -239,3 +258,20 @@ def test_importing_the_room_is_cheap() -> None:
         "assert 'pydantic' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(lwm_core.__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{kind = "copy", text = 0}', "attention.sources.text.text: expected a number greater than 0, got 0"),
+        ('{kind = "text", path = 3}', "attention.sources.text.path: expected a text, got 3"),
+        ('{kind = "text"}', "attention.sources.text.path: missing; add path = ..."),
+        ('{kind = "copy", pth = 1}', "attention.sources.text.pth: unknown option of 'jax-ring' (lwm-jax-ring 1.2); "
+                                     "known: kind, text"),
+        ('{kind = "copy", path = "a"}', "attention.sources.text.path: unknown option of 'jax-ring' (lwm-jax-ring 1.2); "
+                                        "known: kind, text"),
+    ],
+)  # fmt: skip
+def test_tagged_alternatives_keep_their_keys_apart(text: str, line: str, tmp_path: Path) -> None:
+    (problem,) = options(f"sources.text = {text}", tmp_path, model=Tagged)
+    assert problem == f"exp.toml:4: {line}"
