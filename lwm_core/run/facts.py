@@ -65,6 +65,9 @@ def resolved(pipeline: Pipeline) -> dict[str, Any]:
         PluginError: a plugin's options do not read back from JSON as what they were.
     """
     data = pipeline.loaded.config.model_dump(mode="json")
+    if pipeline.weights is not None:
+        # The shape is the starting model's: a default written out here would contradict it when the run is read again.
+        data["model"] = dict(pipeline.loaded.data.get("model", {}))
     for one in pipeline.selection.plugged:
         table = {"name": _writable_name(pipeline, one), **_dumped(one)}
         if one.kind == "eval":

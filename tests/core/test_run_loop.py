@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,21 @@ def test_the_base_model_is_evaluated_before_and_trained_from(tmp_path: Path, sma
     assert table[0]["stage"] == "short"
 
 
+def test_a_run_from_a_model_of_its_own_shape_is_resumed_and_reopened(
+    tmp_path: Path, small: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, shape = small(), "model.num_layers=3"
+    run(load_config(path, [shape]), tmp_path / "first")
+    init = f"init={tmp_path}/first/model"
+    run(load_config(path, [init, shape]), tmp_path / "said")
+    assert reopen(tmp_path / "said").pipeline.model.num_layers == 3
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("model = ")))
+    interrupted(tmp_path / "unsaid", path, monkeypatch, 2, [init])
+    resume(tmp_path / "unsaid")
+    assert reopen(tmp_path / "unsaid").pipeline.model.num_layers == 3
+
+
 def test_the_layout_permutes_what_the_trainer_gets_and_nothing_else(
     tmp_path: Path, small: Write, exact_rows: Rows
 ) -> None:
@@ -158,7 +173,9 @@ def test_a_disk_that_fills_up_under_the_metrics_is_one_line(
         run(load_config(small()), tmp_path / "r")
 
 
-def interrupted(out: Path, path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupted(
+    out: Path, path: Path, monkeypatch: pytest.MonkeyPatch, after: int, overrides: Sequence[str] = ()
+) -> None:
     """A run that breaks off, as if the machine had gone down, once ``after`` checkpoints are complete."""
     commit, count = checkpoint.commit, 0
 
@@ -171,7 +188,7 @@ def interrupted(out: Path, path: Path, monkeypatch: pytest.MonkeyPatch, after: i
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="gone"):
         patch.setattr(checkpoint, "commit", counted)
-        run(load_config(path), out)
+        run(load_config(path, overrides), out)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
