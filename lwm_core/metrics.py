@@ -1,4 +1,7 @@
-"""``metrics.jsonl``: one JSON line a step, flushed as it is written, cut back to the checkpoint on resume."""
+"""``metrics.jsonl``: one JSON line a step, flushed as it is written, cut back to the checkpoint on resume.
+
+``tokens`` of a line counts what has been trained on so far, all stages and this step included.
+"""
 
 from __future__ import annotations
 

@@ -148,12 +148,13 @@ class Loop:
         self, metrics: Mapping[str, float], index: int, stage: Stage, stage_step: int, seconds: float
     ) -> dict[str, Any]:
         speed = stage.batch_tokens / seconds
+        before = sum(one.steps * one.batch_tokens for one in self._pipeline.stages[:index])
         return {
             "step": self._step,
             "stage": stage.name,
             "stage_index": index,
             "stage_step": stage_step + 1,
-            "tokens": stage.batch_tokens,
+            "tokens": before + (stage_step + 1) * stage.batch_tokens,
             **{key: float(value) for key, value in metrics.items()},
             "step_seconds": seconds,
             "tokens_per_second": speed,

@@ -49,7 +49,10 @@ def test_a_run_leaves_the_folder_that_the_design_describes(tmp_path: Path, small
     assert [row["step"] for row in rows] == list(range(1, 16))
     where = [(row["stage"], row["stage_index"], row["stage_step"]) for row in rows[9:11]]
     assert where == [("short", 0, 10), ("long", 1, 1)]
-    assert rows[0]["tokens"] == 64 and {"loss", "loss_text", "grad_norm", "lr"} <= set(rows[0])
+    tokens = [row["tokens"] for row in rows]
+    assert tokens[:10] == [64 * step for step in range(1, 11)], "tokens so far, not those of the step"
+    assert tokens[-1] == 10 * 64 + 5 * (tokens[-1] - tokens[-2])
+    assert {"loss", "loss_text", "grad_norm", "lr"} <= set(rows[0])
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"] and outcome.loss == rows[-1]["loss"] and outcome.steps == 15
     described = json.loads((out / "run.json").read_text())
     assert set(described) >= {
