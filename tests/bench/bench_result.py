@@ -12,6 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+PEERS = {"peer": "swept chunks", "peer_default": "LWM's chunks"}
+"""The peer's sides of a round, and how tables call them."""
+
 BUSY = 1.0
 """A load average before the run above which its figures are doubtful."""
 
@@ -43,7 +46,7 @@ def summarise(rounds: list[dict[str, Any]], flops: dict[str, float], matmul_flop
     """Rates in GFLOP/s, and ratios that compare only what was timed in the same round.
 
     Args:
-        rounds: each ``{"matmul": seconds, kind: {"ours": seconds, "peer": seconds}}``.
+        rounds: each ``{"matmul": seconds, kind: {"ours": seconds, "peer": seconds, "peer_default": seconds}}``.
         flops: floating-point operations of each kind.
         matmul_flops: those of the matrix product.
     """
@@ -51,13 +54,14 @@ def summarise(rounds: list[dict[str, Any]], flops: dict[str, float], matmul_flop
     summary: dict[str, Any] = {"matmul_gflops": spread(machine)}
     for kind, count in flops.items():
         ours = [count / row[kind]["ours"] / 1e9 for row in rounds]
-        peer = [count / row[kind]["peer"] / 1e9 for row in rounds]
         summary[kind] = {
             "ours_gflops": spread(ours),
-            "peer_gflops": spread(peer),
-            "ratio": spread([a / b for a, b in zip(ours, peer, strict=True)]),
             "share_of_matmul": spread([a / b for a, b in zip(ours, machine, strict=True)]),
         }
+        for side in PEERS:
+            theirs = [count / row[kind][side] / 1e9 for row in rounds]
+            summary[kind][f"{side}_gflops"] = spread(theirs)
+            summary[kind][f"ratio_to_{side}"] = spread([a / b for a, b in zip(ours, theirs, strict=True)])
     return summary
 
 
@@ -78,20 +82,23 @@ def show(result: dict[str, Any], console: Console) -> None:
     for kind in kinds:
         table.add_column(kind, justify="right")
     ours, peer = (result["versions"][side] for side in ("ours", "peer"))
-    for name, key in ((f"jax-ring {ours['lwm-jax-ring']}", "ours"), (f"ringattention {peer['ringattention']}", "peer")):
-        table.add_row(name, *(_told(summary[kind][f"{key}_gflops"]) for kind in kinds))
-    table.add_row("[bold]ratio in the same round[/bold]", *(
-        f"[bold]{_told(summary[kind]['ratio'], '×', 2)}[/bold]" for kind in kinds
-    ))  # fmt: skip
+    names = {"ours": f"jax-ring {ours['lwm-jax-ring']}"}
+    names |= {side: f"ringattention {peer['ringattention']}, {how}" for side, how in PEERS.items()}
+    for side, name in names.items():
+        table.add_row(name, *(_told(summary[kind][f"{side}_gflops"]) for kind in kinds))
+    for side, how in PEERS.items():
+        ratios = (_told(summary[kind][f"ratio_to_{side}"], "×", 2) for kind in kinds)
+        table.add_row(f"[bold]ratio in the same round, {how}[/bold]", *(f"[bold]{ratio}[/bold]" for ratio in ratios))
     table.add_row(f"float32 matmul {case['matmul']}³", *(_told(summary["matmul_gflops"]) for _ in kinds))
     table.add_row("jax-ring as a share of it", *(_told(summary[kind]["share_of_matmul"], "", 2) for kind in kinds))
     console.print(table)
-    chunks = ", ".join(f"{kind} {q}×{k}" for kind, (q, k) in result["peer_chunks"].items())
+    pairs = {kind: [f"{q}×{k}" for q, k in sides.values()] for kind, sides in result["peer_chunks"].items()}
+    chunks = ", ".join(f"{kind} {' and '.join(told)}" for kind, told in pairs.items())
     machine, agreement = result["hardware"], max(result["agreement"].values())
     console.print(
         f"Median (least to greatest) of {len(result['rounds'])} rounds. jax-ring: jax {ours['jax']}, {case['layout']}, "
-        f"chunks {case['chunks'][0]}×{case['chunks'][1]}. ringattention: jax {peer['jax']}, chunks chosen by a sweep: "
-        f"{chunks}. Their results differ by at most {agreement:.1e} (relative L2).\n{machine['cpu']}, "
+        f"chunks {case['chunks'][0]}×{case['chunks'][1]}. ringattention: jax {peer['jax']}, chunks by a sweep and "
+        f"LWM's: {chunks}. Their results differ by at most {agreement:.1e} (relative L2).\n{machine['cpu']}, "
         f"{machine['cores']} cores, load {machine['load_before']} before and {machine['load_after']} after.",
         highlight=False,
     )

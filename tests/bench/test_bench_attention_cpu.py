@@ -30,9 +30,10 @@ def test_ratios_compare_the_same_round() -> None:
     from bench_result import summarise
 
     pairs = [(1.0, 2.0), (2.0, 10.0), (4.0, 4.0)]
-    rounds = [{"forward": {"ours": ours, "peer": peer}, "matmul": 0.5} for ours, peer in pairs]
+    rounds = [{"forward": {"ours": a, "peer": b, "peer_default": 3 * b}, "matmul": 0.5} for a, b in pairs]
     summary = summarise(rounds, {"forward": 8e9}, 2e9)
-    assert summary["forward"]["ratio"] == {"median": 2.0, "min": 1.0, "max": 5.0}
+    assert summary["forward"]["ratio_to_peer"] == {"median": 2.0, "min": 1.0, "max": 5.0}
+    assert summary["forward"]["ratio_to_peer_default"] == {"median": 6.0, "min": 3.0, "max": 15.0}
     assert summary["forward"]["ours_gflops"] == {"median": 4.0, "min": 2.0, "max": 8.0}
     assert summary["forward"]["peer_gflops"] == {"median": 2.0, "min": 0.8, "max": 4.0}
     assert summary["matmul_gflops"]["median"] == 4.0
