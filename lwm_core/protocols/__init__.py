@@ -6,7 +6,14 @@ records are frozen; they carry what the plugin may need and nothing else, never 
 
 from __future__ import annotations
 
-from lwm_core.protocols.attention import Array, AttentionAxes, AttentionBackend, AttentionFactory, AttentionHarness
+from lwm_core.protocols.attention import (
+    Array,
+    AttentionAxes,
+    AttentionBackend,
+    AttentionChoice,
+    AttentionFactory,
+    AttentionHarness,
+)
 from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
 from lwm_core.protocols.encoder import VisionEncoder
 from lwm_core.protocols.evaluation import EvalContext, EvalSuite
@@ -20,6 +27,7 @@ __all__ = [
     "AttentionAxes",
     "AttentionBackend",
     "AttentionHarness",
+    "AttentionChoice",
     "AttentionFactory",
     "Array",
     "Tokenizer",

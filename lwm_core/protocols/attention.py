@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.attention import AttentionMask
+from lwm_core.attention_cost import AttentionShape
 from lwm_core.layout import SequenceLayout
 
 Array = Any
@@ -74,9 +75,25 @@ class AttentionHarness(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Options in which nothing is left to be chosen, and a line about each alternative that was looked at."""
+
+    options: Any
+    reasons: tuple[str, ...] = ()
+
+
 @runtime_checkable
 class AttentionFactory(Protocol):
     """The factory object of a ``lwm.attention.v1`` plugin."""
+
+    def resolve(self, options: Any, shape: AttentionShape, mesh: Any, axes: AttentionAxes) -> AttentionChoice:
+        """Replace what ``options`` leave to the plugin by what suits the trainer's mesh; ``shape`` has all heads.
+
+        A trainer calls it first and hands the result's options to ``layout`` and ``build``. Raises ShapeError or
+        UnsupportedError where nothing suits.
+        """
+        ...
 
     def layout(self, options: Any, seq_len: int, world: int) -> SequenceLayout:
         """The layout of a sequence over ``world`` ranks; raises ShapeError for a length that does not divide."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +62,10 @@ class Trainer(Protocol):
 
         Raises ShapeError when the mesh does not fit the devices or the batch.
         """
+        ...
+
+    def choices(self) -> Sequence[str]:
+        """What was left to the trainer in the current stage, and how it chose: lines that are shown once a stage."""
         ...
 
     @property

@@ -115,6 +115,8 @@ class Loop:
             self._step, done = state.step, state.stage_step
         self._hooks.hook.lwm_stage_change(run=self._run, old=old, new=stage)
         self._progress.begin_stage(stage, done)
+        for line in self._trainer.choices():
+            self._progress.note(line)
         self._train(index, stage, done, log)
         self._stop.check()
         self._evaluator.run(stage.name)

@@ -6,9 +6,13 @@ from typing import Any
 
 from lwm_core.errors import UnsupportedError
 from lwm_core.layout import SequenceLayout
+from lwm_core.protocols import AttentionChoice
 
 
 class _Factory:
+    def resolve(self, options: Any, shape: Any, mesh: Any, axes: Any) -> AttentionChoice:
+        return AttentionChoice(options)
+
     def layout(self, options: Any, seq_len: int, world: int) -> SequenceLayout:
         layout = SequenceLayout(getattr(options, "layout", "contiguous"), world)
         layout.check(seq_len)

@@ -61,6 +61,9 @@ class StandinTrainer:
         self._stage = stage
         self._momentum = {name: np.zeros_like(self._parameters[name]) for name in set(self._names)}
 
+    def choices(self) -> Sequence[str]:
+        return ()
+
     @property
     def layout(self) -> SequenceLayout:
         assert self._stage is not None

@@ -4,24 +4,53 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 
-from lwm_core.errors import ShapeError
+from lwm_core.attention_cost import MachineRates
+from lwm_core.errors import ShapeError, UnsupportedError
 
-PEAK_BF16_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What one device does, by its maker's data sheet.
+
+    Args:
+        peak_flops: dense bfloat16 FLOP/s.
+        bandwidth: bytes a second to a neighbour in one direction: one ICI link of a TPU, all NVLinks of a GPU.
+        memory: bytes; None where devices share the host's.
+    """
+
+    peak_flops: float
+    bandwidth: float
+    memory: float | None
+
+    @property
+    def machine(self) -> MachineRates:
+        """The rates that a strategy's cost is made of."""
+        return MachineRates(ATTENTION_SHARE * self.peak_flops, self.bandwidth)
+
+
+ATTENTION_SHARE = 0.5
+"""Of a device's peak, what attention kernels reach: an assumption that only the choice of a strategy rests on."""
+
+DEVICES = {
+    "TPU v4": DeviceRates(275e12, 45e9, 32e9),
+    "TPU v5 lite": DeviceRates(197e12, 45e9, 16e9),
+    "TPU v5": DeviceRates(459e12, 90e9, 95e9),
+    "TPU v5p": DeviceRates(459e12, 90e9, 95e9),
+    "TPU v6 lite": DeviceRates(918e12, 90e9, 32e9),
+    "NVIDIA A100": DeviceRates(312e12, 300e9, 80e9),
+    "NVIDIA H100": DeviceRates(989e12, 450e9, 80e9),
+    "NVIDIA H200": DeviceRates(989e12, 450e9, 141e9),
 }
-"""Dense bfloat16 FLOP/s of one device by its kind, from the makers' data sheets."""
+"""By ``device_kind``, or its beginning."""
+
+HOST_BANDWIDTH = 8e9
+"""Bytes a second that all devices of a host's CPU copy between them; an assumption."""
 
 
 def ensure_devices(count: int) -> None:
@@ -61,5 +90,27 @@ def peak_flops(of_one_device: float | None) -> float | None:
     if devices[0].platform == "cpu":
         return _measured_cpu_flops()
     kind = devices[0].device_kind
-    known = [flops for name, flops in PEAK_BF16_FLOPS.items() if kind == name or kind.startswith(f"{name} ")]
-    return known[-1] * len(devices) if known else None
+    known = _known(kind)
+    return known.peak_flops * len(devices) if known else None
+
+
+def _known(kind: str) -> DeviceRates | None:
+    found = [rates for name, rates in DEVICES.items() if kind == name or kind.startswith(f"{name} ")]
+    return found[-1] if found else None
+
+
+def device_rates(device: jax.Device, count: int) -> DeviceRates:
+    """The rates of ``device``; ``count`` devices of a CPU share the host's.
+
+    Raises:
+        UnsupportedError: its kind is not in :data:`DEVICES`.
+    """
+    if device.platform == "cpu":
+        return DeviceRates(_measured_cpu_flops() / count, HOST_BANDWIDTH / count, None)
+    known = _known(device.device_kind)
+    if known is None:
+        raise UnsupportedError(
+            f"jax-ring: strategy 'auto' does not know the rates of {device.device_kind!r}; expected one of "
+            f"{', '.join(DEVICES)}; set strategy to ring, usp, ulysses or allgather"
+        )
+    return known

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lwm_core.attention import AttentionMask
+from lwm_core.attention_cost import AttentionShape
 from lwm_core.layout import SequenceLayout
-from lwm_core.protocols import AttentionAxes
+from lwm_core.protocols import AttentionAxes, AttentionChoice
+from lwm_jax_ring.attention.auto import resolve_strategy
 from lwm_jax_ring.attention.harness import JaxRingHarness
 from lwm_jax_ring.attention.options import AttentionOptions
 from lwm_jax_ring.attention.strategies import STRATEGIES, attention_spec, check_arrays, sequence_layout
@@ -65,8 +67,15 @@ class JaxRing:
 class JaxRingFactory:
     """The factory object of the plugin."""
 
+    def resolve(
+        self, options: AttentionOptions, shape: AttentionShape, mesh: Mesh, axes: AttentionAxes
+    ) -> AttentionChoice:
+        """See :func:`lwm_jax_ring.attention.auto.resolve_strategy`."""
+        return resolve_strategy(options, shape, mesh, axes, sequence_layout)
+
     def layout(self, options: AttentionOptions, seq_len: int, world: int) -> SequenceLayout:
-        """The layout over ``world`` devices; raises ShapeError for a length that does not divide."""
+        """The layout over ``world`` devices, of a ring while ``auto`` is not resolved; raises ShapeError for a length
+        that does not divide."""
         return sequence_layout(options, seq_len, world)
 
     def build(self, options: AttentionOptions, mesh: Mesh, axes: AttentionAxes, seq_len: int) -> JaxRing:

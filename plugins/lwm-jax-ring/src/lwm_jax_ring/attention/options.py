@@ -12,8 +12,8 @@ class AttentionOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    strategy: Literal["ring", "allgather", "ulysses", "usp"] = Field(
-        "ring", description="how keys and values reach the queries"
+    strategy: Literal["ring", "allgather", "ulysses", "usp", "auto"] = Field(
+        "ring", description="how keys and values reach the queries; auto: the cheapest by heads, mesh and devices"
     )
     layout: Literal["contiguous", "zigzag", "striped"] = Field(
         "zigzag", description="how tokens are dealt to ranks; zigzag evens out causal work; ulysses has one rank"

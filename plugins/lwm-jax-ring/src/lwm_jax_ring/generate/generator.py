@@ -105,7 +105,7 @@ class JaxGenerator:
 
     def _backend(self, slots: int) -> Any:
         t = self._trainer
-        return t.context.attention.build(t.context.attention_options, t.mesh, AttentionAxes(), slots)
+        return t.context.attention.build(t.attention.options, t.mesh, AttentionAxes(), slots)
 
     def _rope(self, positions: int) -> RopeTables:
         t = self._trainer
@@ -116,7 +116,7 @@ class JaxGenerator:
         t = self._trainer
         ranks = t.mesh.shape["sp"]
         slots = _rounded(longest, lcm(PROMPT_STEP, 2 * ranks))
-        layout = t.context.attention.layout(t.context.attention_options, slots, ranks)
+        layout = t.context.attention.layout(t.attention.options, slots, ranks)
         return slots, layout.permutation(slots)
 
     def _tokens(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> Iterator[list[int]]:

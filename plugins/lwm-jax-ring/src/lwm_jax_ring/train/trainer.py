@@ -5,7 +5,7 @@ Shapes: A micro-batches, B rows of one, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lwm_core.attention_cost import AttentionShape
 from lwm_core.batch import PackedBatch
 from lwm_core.errors import LwmError, ShapeError
 from lwm_core.layout import SequenceLayout
 from lwm_core.mesh import MESH_AXES, data_ranks, resolve_mesh
-from lwm_core.protocols import AttentionAxes, Metrics, Stage, TrainerContext
+from lwm_core.protocols import AttentionAxes, AttentionChoice, Metrics, Stage, TrainerContext
 from lwm_jax_ring.devices import ensure_devices, peak_flops
 from lwm_jax_ring.model.llama import Chunks, Compute, Llama
 from lwm_jax_ring.model.names import iter_canonical, stack_canonical
@@ -91,7 +92,8 @@ class JaxTrainer:
         mesh = Mesh(np.array(jax.devices()).reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES)
         if self._stage is not None and mesh != self.mesh:
             self.__dict__.pop("_generator", None)  # its programs are compiled for the old mesh
-        backend = self.context.attention.build(self.context.attention_options, mesh, AttentionAxes(), stage.seq_len)
+        self.attention = self._resolve_attention(stage, mesh, micro // data_ranks(sizes))
+        backend = self.context.attention.build(self.attention.options, mesh, AttentionAxes(), stage.seq_len)
         self._stage, self.mesh, self._backend = stage, mesh, backend
         shardings = self._shardings()
         if self.parameters is None:
@@ -118,6 +120,18 @@ class JaxTrainer:
         )
         self.compiled_step = jax.jit(self.program.step, static_argnums=4, donate_argnums=(0, 1))
         self._evaluate = jax.jit(self.program.evaluate, static_argnums=2)
+
+    def _resolve_attention(self, stage: Stage, mesh: Mesh, rows: int) -> AttentionChoice:
+        model = self.context.model
+        shape = AttentionShape(
+            stage.seq_len, model.num_heads, model.num_kv_heads, model.head_dim, rows,
+            jnp.dtype(self.options.compute_dtype).itemsize,
+        )  # fmt: skip
+        return self.context.attention.resolve(self.context.attention_options, shape, mesh, AttentionAxes())
+
+    def choices(self) -> Sequence[str]:
+        """How the attention's strategy was chosen, where it was left open."""
+        return [f"attention {reason}" for reason in self.attention.reasons]
 
     @staticmethod
     def _chunks(chunk: int, sizes: Mapping[str, int]) -> Chunks:

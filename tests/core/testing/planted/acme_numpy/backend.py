@@ -17,6 +17,7 @@ from acme_numpy.options import Options
 from lwm_core.attention import AttentionMask, mask_bounds
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.layout import SequenceLayout
+from lwm_core.protocols import AttentionChoice
 
 Array = NDArray[Any]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -170,6 +171,9 @@ class Ring:
 
 class Factory:
     """The factory object of the plugin."""
+
+    def resolve(self, options: Any, shape: Any, mesh: Any, axes: Any) -> AttentionChoice:
+        return AttentionChoice(options)
 
     def layout(self, options: Options, seq_len: int, world: int) -> SequenceLayout:
         layout = SequenceLayout(options.layout, world)
