@@ -22,7 +22,11 @@ QUICKSTART = ("plugins/lwm-jax-ring", "plugins/lwm-context", "plugins/lwm-data",
               "contrib/lwm-tiny-base")  # fmt: skip
 TEST_TOOLS = ("pytest", "hypothesis", "pyarrow", "entrypoints")
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
-BENCHMARKS = {"attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices"}
+BENCHMARKS = {
+    "attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices",
+    "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
+}
+BESIDE_PEER = {"attention-cpu"}
 PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
 MAX_CORE_WHEEL = 500_000  # bytes
 VENV_BIN = "Scripts" if sys.platform == "win32" else "bin"
@@ -127,7 +131,9 @@ def bench(session: nox.Session) -> None:
         session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
     script = ROOT / "tests" / "bench" / f"{name.replace('-', '_')}.py"
-    session.run("python", str(script), "--peer-python", peer_environment(session), *options)
+    if name in BESIDE_PEER:
+        options = ["--peer-python", peer_environment(session), *options]
+    session.run("python", str(script), *options)
 
 
 def peer_environment(session: nox.Session) -> str:
