@@ -177,10 +177,11 @@ def choose_strategy(
     memory: float | None = None,
     strategies: Sequence[str] = STRATEGIES,
 ) -> StrategyChoice:
-    """The strategy that takes the least time among those whose heads divide and whose keys fit.
+    """The strategy that takes the least time among those whose heads divide and whose gathered keys fit.
 
     Args:
-        memory: bytes that a device has for keys and values; none: they are not counted.
+        memory: bytes that a device has for gathered keys and values; none: they are not counted. The other strategies
+            hold a rank's part of them, which its activations are made of anyway.
         strategies: names to choose from; of equals the first is taken.
 
     Raises:
@@ -199,7 +200,7 @@ def choose_strategy(
             except UnsupportedError as error:
                 reasons.append(f"{name}: {error}")
                 continue
-            if memory is not None and cost.held > memory:
+            if strategy == "allgather" and memory is not None and cost.held > memory:
                 reasons.append(f"{name}: holds {cost.held:.3g} bytes of keys and values, more than {memory:.3g}")
                 continue
             reasons.append(f"{name}: {cost.compute:.3g} s of compute and {cost.exposed:.3g} s exposed")

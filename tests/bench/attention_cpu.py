@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bench_process import Worker
-from bench_result import PEERS, hardware, load, show, summarise
+from bench_result import PEERS, add_output, hardware, load, output_target, show, summarise
 from rich.console import Console
 
 from lwm_core.errors import LwmError, UsageError
@@ -64,14 +64,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ``--peer-python`` is nox's to give."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- attention-cpu", description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--smoke", action="store_true", help="a tiny case, once: shows that it runs, measures nothing")
     parser.add_argument("--rounds", type=int, help=f"rounds after the warm-up (default {Case().rounds})")
     parser.add_argument(
         "--peer-chunks", metavar="QxK,...", help="chunk sizes of the peer to sweep instead of the usual"
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{RESULT.name}")
-    where.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON to FILE")
+    add_output(parser, RESULT)
     return parser.parse_args(arguments)
 
 
@@ -79,12 +76,8 @@ def choose_case(given: argparse.Namespace) -> Case:
     """The case of a command line.
 
     Raises:
-        UsageError: the options do not go together, or a value is none; told before anything runs.
+        UsageError: a value is none; told before anything runs.
     """
-    if given.smoke and given.write:
-        raise UsageError("attention-cpu: --smoke measures nothing worth keeping; leave out --write or --smoke")
-    if given.out is not None and not given.out.parent.is_dir():
-        raise UsageError(f"attention-cpu: --out {given.out}: there is no folder {given.out.parent}; make it first")
     values: dict[str, Any] = dict(vars(SMOKE if given.smoke else Case()))
     if given.rounds is not None:
         if given.rounds < 1:
@@ -214,12 +207,12 @@ def main(arguments: list[str]) -> int:
     at = arguments.index("--peer-python")
     command = shlex.join(["nox", "-s", "bench", "--", "attention-cpu", *arguments[:at], *arguments[at + 2 :]])
     try:
+        target = output_target(given, RESULT)
         result = {**measure(choose_case(given), given.peer_python, console), "command": command}
     except LwmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     show(result, console)
-    target = RESULT if given.write else given.out
     if target is not None:
         target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.print(f"Written to {target}", highlight=False)

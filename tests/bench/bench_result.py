@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -11,6 +12,8 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from lwm_core.errors import UsageError
 
 PEERS = {"peer": "swept chunks", "peer_default": "LWM's chunks"}
 """The peer's sides of a round, and how tables call them."""
@@ -35,6 +38,28 @@ def hardware() -> dict[str, Any]:
 def load() -> float | None:
     """How many processes wanted a core in the last minute; None where the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def add_output(parser: argparse.ArgumentParser, result: Path) -> None:
+    """The options ``--smoke``, ``--write`` (to ``result``) and ``--out``."""
+    parser.add_argument("--smoke", action="store_true", help="a tiny case, once: shows that it runs, measures nothing")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{result.name}")
+    where.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON to FILE")
+
+
+def output_target(given: argparse.Namespace, result: Path) -> Path | None:
+    """The file to write, if any.
+
+    Raises:
+        UsageError: the options do not go together, or there is no such folder; told before anything runs.
+    """
+    if given.smoke and given.write:
+        raise UsageError(f"{result.stem}: --smoke measures nothing worth keeping; leave out --write or --smoke")
+    target: Path | None = result if given.write else given.out
+    if target is not None and not target.parent.is_dir():
+        raise UsageError(f"{result.stem}: --out {target}: there is no folder {target.parent}; make it first")
+    return target
 
 
 def spread(values: list[float]) -> dict[str, float]:

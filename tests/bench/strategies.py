@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_result import hardware, load
+from bench_result import add_output, hardware, load, output_target
 from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from lwm_core.attention import AttentionMask, executed_blocks
 from lwm_core.attention_cost import AttentionShape, MachineRates, strategy_cost
-from lwm_core.errors import LwmError, UsageError
+from lwm_core.errors import LwmError
 from lwm_core.layout import LayoutKind, SequenceLayout
 from lwm_core.mesh import MESH_AXES
 from lwm_core.protocols import AttentionAxes
@@ -157,17 +157,10 @@ def show(result: dict[str, Any], console: Console) -> None:
 def main(arguments: list[str]) -> int:
     """Measure, show, and write where it was asked for; the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- strategies", description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="a tiny case, once: shows that it runs, measures nothing")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{RESULT.name}")
-    where.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON to FILE")
+    add_output(parser, RESULT)
     given, console = parser.parse_args(arguments), Console()
-    target = RESULT if given.write else given.out
     try:
-        if given.smoke and given.write:
-            raise UsageError("strategies: --smoke measures nothing worth keeping; leave out --write or --smoke")
-        if target is not None and not target.parent.is_dir():
-            raise UsageError(f"strategies: --out {target}: there is no folder {target.parent}; make it first")
+        target = output_target(given, RESULT)
         case, machine = SMOKE if given.smoke else Case(), {**hardware(), "load_before": load()}
         rows = list(measure(case, console))
     except LwmError as error:

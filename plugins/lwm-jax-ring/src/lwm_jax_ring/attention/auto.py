@@ -14,8 +14,7 @@ from lwm_jax_ring.attention.options import AttentionOptions
 from lwm_jax_ring.devices import DeviceRates, device_rates
 
 GATHERED_SHARE = 1 / 16
-"""Of a device's memory, what gathered keys and values may take. The other strategies hold a rank's part of them, which
-their activations are made of anyway; to hold the whole sequence is a choice."""
+"""Of a device's memory, what gathered keys and values may take; weights and activations need the rest."""
 
 Divides = Callable[[AttentionOptions, int, int], object]
 """``(options, seq_len, world)``; raises ShapeError where the length does not divide."""
@@ -54,13 +53,10 @@ def resolve_strategy(
             reasons.append(f"{strategy}: {error}")
         else:
             fitting.append(strategy)
-    held = 2.0 * local.rows * local.seq_len * local.kv_heads * local.head_dim * local.element_bytes
-    if rates.memory is not None and held > rates.memory * GATHERED_SHARE and "allgather" in fitting:
-        fitting.remove("allgather")
-        reasons.append(f"allgather: holds {held:.3g} bytes of keys and values of {rates.memory:.3g} in all")
     if not fitting:
         raise ShapeError(f"jax-ring: strategy 'auto' finds none that fits: {'; '.join(reasons)}")
-    choice = choose_strategy(local, world, rates.machine, options.layout, strategies=fitting)
+    memory = None if rates.memory is None else rates.memory * GATHERED_SHARE
+    choice = choose_strategy(local, world, rates.machine, options.layout, memory, fitting)
     cost = choice.cost
     named = _with(options, cost.strategy, cost.inner)
     name = f"usp with inner = {cost.inner}" if cost.strategy == "usp" else cost.strategy
