@@ -1,4 +1,5 @@
-"""``quickstart``, ``tests``, ``lint``, ``wheels`` and ``bench``; ``constraints.txt`` pins what they install."""
+"""``quickstart``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``; ``constraints.txt`` pins what they
+install."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT.glob(f"{kind}/*/pyproject.toml"))
 QUICKSTART = ("plugins/lwm-jax-ring", "plugins/lwm-context", "plugins/lwm-data", "plugins/lwm-evals", "plugins/lwm-hf",
               "contrib/lwm-tiny-base")  # fmt: skip
-TEST_TOOLS = ("pytest", "hypothesis", "pyarrow", "entrypoints")
+TPU_COMPILER = "libtpu"  # compiles for real TPUs on any machine; it needs none
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", TPU_COMPILER)
+SIDE_BY_SIDE = ("-n", "auto", "--dist", "loadscope")  # a kit's class stays in one process, with what it has compiled
+ON_CPU = {
+    "JAX_PLATFORMS": "cpu",  # else every process that imports JAX would load the TPU's compiler
+    "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=200",  # a host that stands for 8 devices is slow
+}
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
 BENCHMARKS = {
     "attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices",
@@ -50,9 +57,28 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test of the repository in one pytest; arguments after ``--`` go to pytest."""
+    """The tests of the repository in one pytest; arguments after ``--`` go to pytest (``-n 0``: in one process)."""
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *SIDE_BY_SIDE, *session.posargs, env=ON_CPU)
+
+
+@nox.session
+def kits(session: nox.Session) -> None:
+    """The conformance kit on every strategy and kernel of jax-ring at every number of devices; most of an hour."""
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"), *TEST_TOOLS)
+    tests = ROOT / "plugins" / "lwm-jax-ring" / "tests" / "test_jax_kits.py"
+    session.run("pytest", str(tests), *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | {"LWM_KITS": "whole"})
+
+
+@nox.session
+def aot(session: nox.Session) -> None:
+    """Everything that is proven by the TPU compiler: tests and the table of LWM's own stages; half an hour.
+
+    Arguments after ``--`` go to the table's script: ``--write`` keeps it under docs/benchmarks, ``--smoke`` is short.
+    """
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
+    session.run("pytest", "-m", "tpu_aot", *([] if "--smoke" not in session.posargs else ["-k", "v5p"]))
+    session.run("python", str(ROOT / "tests" / "bench" / "aot.py"), *session.posargs)
 
 
 @nox.session

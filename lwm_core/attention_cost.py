@@ -153,12 +153,15 @@ def strategy_cost(
     queries = 2 * tokens * shape.heads * shape.head_dim * shape.element_bytes  # q and out, or dq and dout
     exchanged = 2 * (queries + key_bytes) * (inner - 1) / inner
     hops = ranks - 1
-    ring_forward, ring_backward = hops * key_bytes, hops * key_bytes + (hops + 1) * gradient_bytes if hops else 0.0
-    exposed = exchanged / rates.bandwidth
+    # Finished gradients go home in the dtype of the keys, when nothing is left to compute that could hide them.
+    home = key_bytes if hops else 0.0
+    ring_forward, ring_backward = hops * key_bytes, hops * (key_bytes + gradient_bytes)
+    exposed = (exchanged + home) / rates.bandwidth
     for moved, hidden_by in ((ring_forward, forward), (ring_backward, backward)):
         exposed += max(0.0, moved / rates.bandwidth - hidden_by * hops / ranks)
     held = key_bytes * (2 if hops else 1)  # what arrives beside what is in hand; exchanging heads changes neither
-    return StrategyCost(strategy, inner, forward + backward, exposed, exchanged + ring_forward + ring_backward, held)
+    sent = exchanged + ring_forward + ring_backward + home
+    return StrategyCost(strategy, inner, forward + backward, exposed, sent, held)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class ModelTable(Table):
     tie_embeddings: bool | None = Field(None, description="one table for the embedding and the output head")
     rms_norm_eps: float | None = Field(None, gt=0, description="epsilon of RMSNorm")
     init_std: float | None = Field(None, gt=0, description="deviation of a new model's matrices; 0.02 by default")
+    text_size: int | None = Field(None, gt=0, description="rows for text ids; as many as the tokenizer has by default")
     vision_size: int | None = Field(None, ge=0, description="rows for vision ids after the text ids (LWM: 8448)")
 
 

@@ -34,6 +34,9 @@ from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
 from lwm_core.weights import ModelFolder, read_model_folder
 
+_VOCABULARY = ("text_size", "vision_size")
+"""Keys of ``[model]`` that are the vocabulary's."""
+
 BASE = "base"
 """The name under which the starting model is evaluated; no stage may take it."""
 
@@ -181,12 +184,19 @@ def _start_model(
     loaded: LoadedConfig, tokenizer: Tokenizer, weights: ModelFolder | None, problems: Problems
 ) -> StartModel:
     table = loaded.config.model
-    shape = table.model_dump(exclude={"preset", "vision_size"})
+    shape = table.model_dump(exclude={"preset", *_VOCABULARY})
     if weights is not None:
         _check_agreement(loaded, tokenizer, weights.model, problems)
         return StartModel(weights.model, weights.seq_len, weights.rope)
+    text_size = tokenizer.size if table.text_size is None else table.text_size
+    if tokenizer.size > text_size:
+        problems.add(
+            ("model", "text_size"), f"text_size = {text_size} is fewer than the {tokenizer.size} ids of the tokenizer; "
+            "leave it out to take as many"
+        )  # fmt: skip
+        problems.raise_if_any()
     try:
-        vocabulary = Vocabulary(tokenizer.size, table.vision_size or 0)
+        vocabulary = Vocabulary(text_size, table.vision_size or 0)
         return StartModel(preset(table.preset, vocabulary, **shape))
     except LwmError as error:
         problems.add(("model",), error)
@@ -206,7 +216,7 @@ def _check_agreement(loaded: LoadedConfig, tokenizer: Tokenizer, model: ModelCon
     given: dict[str, Any] = dict(loaded.data.get("model", {}))
     name = given.pop("preset", None)
     if name is not None:
-        shape = {key: value for key, value in given.items() if key != "vision_size"}
+        shape = {key: value for key, value in given.items() if key not in _VOCABULARY}
         try:
             wanted = preset(name, model.vocabulary, **shape)
         except LwmError as error:
@@ -216,7 +226,7 @@ def _check_agreement(loaded: LoadedConfig, tokenizer: Tokenizer, model: ModelCon
                   "tie_embeddings")  # fmt: skip
         given = {**{field: getattr(wanted, field) for field in fields}, **given}
     for key, value in given.items():
-        has = model.vocabulary.vision_size if key == "vision_size" else getattr(model, key)
+        has = getattr(model.vocabulary if key in _VOCABULARY else model, key)
         if value != has:
             where: KeyPath = ("model", key) if key in loaded.data["model"] else ("model", "preset")
             problems.add(where, f"{key} = {value}, but {init!r} has {has}; leave [model] out to take its shape")

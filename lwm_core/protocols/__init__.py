@@ -6,6 +6,7 @@ records are frozen; they carry what the plugin may need and nothing else, never 
 
 from __future__ import annotations
 
+from lwm_core.protocols.ahead import Collective, CompiledStep, CompilesAhead
 from lwm_core.protocols.attention import (
     Array,
     AttentionAxes,
@@ -46,6 +47,9 @@ __all__ = [
     "SaveHandle",
     "Trainer",
     "TrainerFactory",
+    "CompilesAhead",
+    "CompiledStep",
+    "Collective",
     "Metrics",
     "SamplingSpec",
     "Generator",

@@ -28,7 +28,7 @@ def gradients(trainer: Any, batch: PackedBatch, accumulate: int = 1) -> tuple[fl
     """Loss and canonical gradients of one step."""
     arrays = trainer.device_batch(permuted(trainer, batch), accumulate)
     modalities = trainer.modalities(batch)
-    run = jax.jit(trainer.program.gradients, static_argnums=2)
+    run = jax.jit(trainer.current.program.gradients, static_argnums=2)
     grads, loss, _ = run(trainer.parameters, arrays, modalities)
     return float(loss), dict(iter_canonical(traverse_util.flatten_dict(grads), trainer.context.model))
 
@@ -79,7 +79,7 @@ def test_one_model_many_meshes(
 
 
 @pytest.mark.parametrize("changes", [
-    {"accumulate": 4}, {"remat": "full"}, {"remat": "none"}, {"remat": "dots"}, {"mlp_chunk": 5}, {"loss_chunk": 7},
+    {"accumulate": 4}, {"remat": "full"}, {"remat": "none"}, {"remat": "dots"}, {"token_chunk": 5}, {"loss_chunk": 7},
     {"shard_parameters": []}, {"attention": {"layout": "striped"}}, {"attention": {"layout": "contiguous"}},
 ])  # fmt: skip
 def test_how_it_is_computed_changes_nothing(

@@ -93,6 +93,7 @@ def test_real_tpus_compiler_takes_the_kernels(target: str) -> None:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     command = [sys.executable, __file__, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

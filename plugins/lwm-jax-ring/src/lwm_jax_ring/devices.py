@@ -43,6 +43,7 @@ DEVICES = {
     "TPU v5": DeviceRates(459e12, 90e9, 95e9),
     "TPU v5p": DeviceRates(459e12, 90e9, 95e9),
     "TPU v6 lite": DeviceRates(918e12, 90e9, 32e9),
+    "TPU7x": DeviceRates(1153.5e12, 100e9, 96e9),  # half a chip
     "NVIDIA A100": DeviceRates(312e12, 300e9, 80e9),
     "NVIDIA H100": DeviceRates(989e12, 450e9, 80e9),
     "NVIDIA H200": DeviceRates(989e12, 450e9, 141e9),

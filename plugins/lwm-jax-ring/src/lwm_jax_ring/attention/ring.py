@@ -3,8 +3,9 @@
 Ring Attention with Blockwise Transformers (arXiv 2310.01889). The backward pass sends K and V round again; float32 dK
 and dV follow one hop behind, so that they too travel while something is computed.
 
-Transfers for n ranks: forward n−1 of K and V in their own dtype; backward n−1 of K and V and n of dK and dV; none at
-n = 1. Each is issued before the compute that hides it. Hops that a window leaves nothing to do for are jumped over.
+Transfers for n ranks: forward n−1 of K and V in their own dtype; backward n−1 of K and V, n−1 of float32 dK and dV and
+one of the finished dK and dV in the dtype of K; none at n = 1. All but the last are issued before the compute that
+hides them. Hops that a window leaves nothing to do for are jumped over.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def _gradients(saved: Any, here: Here, rank: jax.Array, spec: AttentionSpec) -> 
         dq, here, gradients = _over_hops(step, (dq, incoming, gradients), spec, 1)
         gradients = _send(gradients, hops[-1] - hops[-2], spec)
         dq, more = compute(hops[-1], dq, here)
-        gradients = _send(jax.tree.map(jnp.add, gradients, more), -hops[-1], spec)
+        whole = jax.tree.map(lambda x, y: (x + y).astype(here.k.dtype), gradients, more)
+        gradients = _send(whole, -hops[-1], spec)  # nothing is added any more, so that it goes home as it is given back
     return dq, *gradients
 
 

@@ -105,7 +105,7 @@ class JaxGenerator:
 
     def _backend(self, slots: int) -> Any:
         t = self._trainer
-        return t.context.attention.build(t.attention.options, t.mesh, AttentionAxes(), slots)
+        return t.context.attention.build(t.current.attention.options, t.mesh, AttentionAxes(), slots)
 
     def _rope(self, positions: int) -> RopeTables:
         t = self._trainer
@@ -116,7 +116,7 @@ class JaxGenerator:
         t = self._trainer
         ranks = t.mesh.shape["sp"]
         slots = _rounded(longest, lcm(PROMPT_STEP, 2 * ranks))
-        layout = t.context.attention.layout(t.attention.options, slots, ranks)
+        layout = t.context.attention.layout(t.current.attention.options, slots, ranks)
         return slots, layout.permutation(slots)
 
     def _tokens(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> Iterator[list[int]]:
@@ -161,7 +161,7 @@ class JaxGenerator:
 
     def _compute(self) -> Compute:
         t = self._trainer
-        stream = stream_sharding(t.mesh)
+        stream = stream_sharding(t.mesh, t.context.model.hidden_size)
         return Compute(
             dtype=jnp.dtype(t.options.compute_dtype),
             constrain=lambda x: jax.lax.with_sharding_constraint(x, stream) if x.shape[1] > 1 else x,
@@ -182,7 +182,7 @@ class JaxGenerator:
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """First new token of each row, and the cache of its prompt. ``tokens`` and ``index`` ``[B,P]``, permuted."""
         t = self._trainer
-        model = t.merge(parameters)
+        model = t.network.merge(parameters)
         segments = (index >= 0).astype(jnp.int32)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Any) -> tuple[jax.Array, Any]:
@@ -202,7 +202,7 @@ class JaxGenerator:
     ) -> tuple[jax.Array, Cache]:  # fmt: skip
         """The token after ``token [B]``, which is new token number ``step``."""
         t = self._trainer
-        model = t.merge(parameters)
+        model = t.network.merge(parameters)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Any) -> tuple[jax.Array, Any]:
             prompt_k, prompt_v, new_k, new_v = given
@@ -224,14 +224,14 @@ class JaxGenerator:
     ) -> jax.Array:  # fmt: skip
         """``[B,P]`` float32 log-probability of each target, permuted, in slices of the sequence."""
         t = self._trainer
-        model = t.merge(parameters)
+        model = t.network.merge(parameters)
         vocabulary = t.context.model.vocabulary
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: Any) -> tuple[jax.Array, Any]:
             return backend.attend(q, k, v, AttentionMask("causal"), segments), None
 
         hidden, _ = model.hidden(tokens, positions, rope, attend, how=self._compute())
-        chunks = t.program.loss_chunks
+        chunks = t.current.program.loss_chunks
 
         def part(of: tuple[jax.Array, jax.Array]) -> jax.Array:
             part_hidden, part_targets = of

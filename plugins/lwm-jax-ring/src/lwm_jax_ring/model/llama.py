@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from lwm_core.model import ModelConfig
 from lwm_jax_ring.attention.differentiable import LSE_NAME, OUT_NAME
@@ -30,13 +32,23 @@ Training is given nothing and keeps nothing; prefill keeps k and v; decoding is 
 Constrain = Callable[[jax.Array], jax.Array]
 """Pins the sharding of the residual stream ``[B,S,E]``."""
 
+STREAM_NAME = "layer_input"
+"""Name of what goes into a layer, for policies that keep it elsewhere."""
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[LSE_NAME],
+        names_which_can_be_offloaded=[STREAM_NAME, OUT_NAME],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What a layer keeps for its backward pass. ``attention`` keeps out and lse, so that the ring never runs twice."""
+"""What a layer keeps for its backward pass. ``attention`` keeps out and lse, so that the ring never runs twice;
+``offload`` too, but out and the layer's input in the host's memory."""
 
 
 class RMSNorm(nnx.Module):
@@ -52,6 +64,29 @@ class RMSNorm(nnx.Module):
         return (wide * self.weight[...]).astype(x.dtype)
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x [...,in] @ kernel [in,out]`` in x's dtype; the gradient of the float32 kernel is summed in float32.
+
+    Left to itself the sum over tokens, slices and devices would be made in x's dtype and cast only then.
+    """
+    return x @ kernel.astype(x.dtype)
+
+
+def _product_rule(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, kernel), (x, kernel)
+
+
+def _product_gradients(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    over = tuple(range(x.ndim - 1))
+    dkernel = lax.dot_general(x, dy, ((over, over), ((), ())), preferred_element_type=jnp.float32)
+    return dy @ kernel.astype(x.dtype).T, dkernel
+
+
+product.defvjp(_product_rule, _product_gradients)
+
+
 class Linear(nnx.Module):
     """``x @ kernel (+ bias)`` in x's dtype; the kernel ``[in, out]`` is drawn from N(0, std²)."""
 
@@ -60,7 +95,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((columns,), jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = product(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -76,13 +111,14 @@ class Attention(nnx.Module):
         self.o_proj = Linear(query, c.hidden_size, std, rngs)
         self.head_dim = c.head_dim
 
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, given: Any
-    ) -> tuple[jax.Array, Any]:
-        rows, length = x.shape[:2]
-        q, k, v = (p(x).reshape(rows, length, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, given)
-        return self.o_proj(out.reshape(rows, length, -1)), kept
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q ``[...,H,D]``, k and v ``[...,K,D]`` of ``x [...,E]``, q and k rotated."""
+        q, k, v = (p(x).reshape(*x.shape[:-1], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def mix(self, out: jax.Array) -> jax.Array:
+        """``[...,H,D]`` → ``[...,E]``."""
+        return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
 
 class FeedForward(nnx.Module):
@@ -100,7 +136,7 @@ class FeedForward(nnx.Module):
 
 class Chunks:
     """Cuts a batch into slices of at most ``chunk`` tokens a device (or a token a row, if that is more), and applies
-    functions to one slice at a time, rematerialised: blockwise parallel feed-forward (arXiv 2305.19370).
+    functions to one slice at a time, rematerialised (blockwise parallel transformer, arXiv 2305.19370).
 
     Args:
         chunk: tokens of a device in a slice.
@@ -119,14 +155,23 @@ class Chunks:
         size = next(s for s in range(min(limit, local), 0, -1) if local % s == 0)
         return jnp.moveaxis(x.reshape(rows, self.ranks, local // size, size, *x.shape[2:]), 2, 0)
 
-    def map(self, function: Constrain, x: jax.Array) -> jax.Array:
-        """``function`` of all slices of ``x``, in x's shape."""
-        parts = lax.map(jax.checkpoint(function), self.split(x))
-        return jnp.moveaxis(parts, 0, 2).reshape(x.shape)
+    def map(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
+        """``function`` of all slices of the ``arrays [B,S,...]``; what it gives has their order of tokens too."""
+        rows, length = arrays[0].shape[:2]
+        parts = lax.map(lambda part: jax.checkpoint(function)(*part), tuple(self.split(x) for x in arrays))
+
+        def joined(part: jax.Array) -> jax.Array:
+            return jnp.moveaxis(part, 0, 2).reshape(rows, length, *part.shape[4:])
+
+        return jax.tree.map(joined, parts)
+
+
+def _at_once(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    return function(*arrays)
 
 
 class Block(nnx.Module):
-    """One decoder layer, pre-norm."""
+    """One decoder layer, pre-norm: what comes before attention and what comes after it, each token for itself."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -135,30 +180,37 @@ class Block(nnx.Module):
         self.mlp = FeedForward(config, rngs)
 
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, given: Any, mlp_chunks: Chunks | None
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, given: Any, how: Compute
     ) -> tuple[jax.Array, Any]:
-        mixed, kept = self.self_attn(self.input_layernorm(x), cos, sin, attend, given)
-        x = x + mixed
+        over_tokens = _at_once if how.chunks is None else how.chunks.map
+        out, kept = attend(*over_tokens(partial(self.before, how), x, cos, sin), given)
+        return over_tokens(partial(self.after, how), x, out), kept
 
-        def feed_forward(part: jax.Array) -> jax.Array:
-            return self.mlp(self.post_attention_layernorm(part))
+    def before(self, how: Compute, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, ...]:
+        """q, k and v of the stream ``x [...,E]``."""
+        return self.self_attn.project(how.constrain(self.input_layernorm(x)), cos, sin)
 
-        return x + (feed_forward(x) if mlp_chunks is None else mlp_chunks.map(feed_forward, x)), kept
+    def after(self, how: Compute, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The stream with what attention gave, ``[...,H,D]``, and the feed-forward added."""
+        x = how.constrain(x + self.self_attn.mix(out))
+        return how.constrain(x + self.mlp(how.constrain(self.post_attention_layernorm(x))))
 
 
 @dataclass(frozen=True)
 class Compute:
     """How the network runs: the dtype it computes in, what its backward pass keeps, and where its arrays lie.
 
-    ``gather_table`` brings the embedding table together for the lookup: looking up rows of a table that is cut by
-    columns would make XLA replicate the whole residual stream instead.
+    ``gather_layer`` brings the parameters of a layer together (:func:`lwm_jax_ring.model.sharding.gathered`).
+    ``gather_table`` brings the rows of the embedding table together for the lookup, cut by columns as the stream is:
+    of a table that is cut in any other way XLA looks up whole rows for all tokens first.
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     constrain: Constrain = lambda x: x
     gather_table: Constrain = lambda x: x
-    mlp_chunks: Chunks | None = None
+    gather_layer: Callable[[Any], Any] = lambda parameters: parameters
+    chunks: Chunks | None = None
 
 
 class Llama(nnx.Module):
@@ -204,14 +256,17 @@ class Llama(nnx.Module):
             how: precision, rematerialisation, sharding.
         """
         how = how or Compute()
-        x = how.constrain(how.gather_table(self.embed_tokens[...].astype(how.dtype))[tokens])
+        # Cast after the lookup, so that the rows' gradients are summed in float32.
+        x = how.constrain(how.gather_table(self.embed_tokens[...])[tokens].astype(how.dtype))
         cos, sin = rope_angles(rope, positions)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:
             parameters, layer_given = of_layer
-            x, kept = nnx.merge(graph, parameters)(x, cos, sin, attend, layer_given, how.mlp_chunks)
-            return how.constrain(x), kept
+            x = checkpoint_name(x, STREAM_NAME)
+            nnx.replace_by_pure_dict(parameters, how.gather_layer(nnx.to_pure_dict(parameters)))
+            x, kept = nnx.merge(graph, parameters)(x, cos, sin, attend, layer_given, how)
+            return x, kept
 
         if how.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[how.remat], prevent_cse=False)

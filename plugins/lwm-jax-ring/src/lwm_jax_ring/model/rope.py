@@ -52,7 +52,7 @@ def rope_angles(tables: RopeTables, positions: jax.Array) -> tuple[jax.Array, ja
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the two halves of each head of ``x [B,S,N,D]``; computed in float32, given back in x's dtype."""
+    """Rotate the halves of each head of ``x [...,N,D]`` by angles ``[...,D/2]``: in float32, back in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    c, s = cos[:, :, None], sin[:, :, None]
+    c, s = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)

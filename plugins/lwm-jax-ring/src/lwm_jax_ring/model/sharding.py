@@ -7,9 +7,13 @@ different tokens but the same parameters, so they share them out like ``fsdp``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
+import jax
+from flax import traverse_util
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +49,39 @@ def parameter_sharding(path: tuple[str, ...], shape: Sequence[int], mesh: Mesh, 
     return NamedSharding(mesh, parameter_spec(path, shape, mesh, over))
 
 
-def stream_sharding(mesh: Mesh) -> NamedSharding:
-    """Of the residual stream ``[B,S,E]``."""
-    return NamedSharding(mesh, P(ROWS, "sp", None))
+def gathered(shapes: Any, mesh: Mesh, over: tuple[str, ...]) -> Callable[[Any], Any]:
+    """A function that brings one layer's parameters together over the axes that share them out; ``tp`` stays.
+
+    Stated, so that it is done once a layer: left to the compiler, a loop over slices of tokens gathers in every round.
+    Backward, gradients are scattered as they are summed.
+
+    Args:
+        shapes: nested dict of what the scan over layers gives, with the layer axis still there.
+    """
+    flat = traverse_util.flatten_dict(shapes)
+
+    def specs(over: tuple[str, ...]) -> Any:
+        whole = {path: parameter_spec(path, leaf.shape, mesh, over) for path, leaf in flat.items()}
+        return traverse_util.unflatten_dict({path: NamedSharding(mesh, P(*spec[1:])) for path, spec in whole.items()})
+
+    together, apart = specs(()), specs(over)
+
+    @jax.custom_vjp
+    def gather(parameters: Any) -> Any:
+        return lax.with_sharding_constraint(parameters, together)
+
+    gather.defvjp(
+        lambda parameters: (gather(parameters), None),
+        lambda _, gradients: (lax.with_sharding_constraint(gradients, apart),),
+    )
+    return gather
+
+
+def stream_sharding(mesh: Mesh, hidden_size: int, dims: int = 3) -> NamedSharding:
+    """Of the residual stream ``[B,S,E]``, or of a slice ``[B,ranks,...,E]``: its columns over ``tp`` if they divide.
+
+    Tensor-parallel ranks would else hold the same stream, which is what a layer keeps for its backward pass. Columns,
+    not tokens as in arXiv 2205.05198: any slice of the tokens then stays even over the ranks.
+    """
+    columns = "tp" if hidden_size % mesh.shape["tp"] == 0 else None
+    return NamedSharding(mesh, P(ROWS, "sp", *[None] * (dims - 3), columns))

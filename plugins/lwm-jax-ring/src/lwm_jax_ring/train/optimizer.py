@@ -36,6 +36,19 @@ def fresh_state(spec: OptimizerSpec, parameters: Tree, mesh: Mesh) -> Tree:
     return state._replace(count=count, mu=zeros(), nu=zeros())
 
 
+def abstract_state(spec: OptimizerSpec, parameters: Tree, mesh: Mesh) -> Tree:
+    """Shapes and shardings of :func:`fresh_state`, from those of the parameters."""
+    state = jax.eval_shape(moments(spec).init, parameters)
+    count = jax.ShapeDtypeStruct((), state.count.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    return state._replace(count=count, mu=parameters, nu=parameters)
+
+
+def state_shardings(spec: OptimizerSpec, shardings: Tree, mesh: Mesh) -> Tree:
+    """Where :func:`fresh_state` lies, from where the parameters lie."""
+    state = moments(spec).init(jax.tree.map(lambda _: jnp.zeros(()), shardings))
+    return state._replace(count=NamedSharding(mesh, PartitionSpec()), mu=shardings, nu=shardings)
+
+
 def update(
     spec: OptimizerSpec, parameters: Tree, state: Tree, gradients: Tree, lr: jax.Array
 ) -> tuple[Tree, Tree, jax.Array]:

@@ -15,12 +15,14 @@ class TrainerOptions(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of activations; parameters and optimizer are float32 always"
     )
-    remat: Literal["none", "full", "attention", "dots"] = Field(
-        "attention", description="what a layer keeps for its backward pass; 'attention' never runs the ring twice"
+    remat: Literal["none", "full", "attention", "offload", "dots"] = Field(
+        "attention",
+        description="what a layer keeps for its backward pass; 'attention' never runs the ring twice, "
+        "nor does 'offload', which keeps all in the host's memory",
     )
     loss_chunk: int = Field(1024, gt=0, description="tokens of a device whose logits exist at a time")
-    mlp_chunk: int | None = Field(
-        None, gt=0, description="tokens of a device in the feed-forward at a time; all if unset"
+    token_chunk: int | None = Field(
+        None, gt=0, description="tokens of a device in projections and feed-forward at a time; all if unset"
     )
     shard_parameters: list[Literal["dp", "fsdp", "sp"]] = Field(
         default_factory=lambda: ["fsdp", "sp"], description="axes that share parameters out beside tp; [] replicates"

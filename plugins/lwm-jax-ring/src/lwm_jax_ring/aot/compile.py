@@ -1,0 +1,157 @@
+"""A stage's real step (model, attention, chunked loss, optimizer, shardings) through the compiler of its devices.
+
+What the compiler has made of it is read from the compiled program: bytes a device, transfers between devices, kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lwm_core.protocols import Collective, CompiledStep, Stage, TrainerContext
+from lwm_jax_ring.aot.program_text import Instruction, ProgramText, array_bytes
+from lwm_jax_ring.aot.topology import topology_devices, usable_memory
+from lwm_jax_ring.model.network import Network
+from lwm_jax_ring.train.optimizer import abstract_state
+from lwm_jax_ring.train.options import TrainerOptions
+from lwm_jax_ring.train.stage import StageProgram, stage_program
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def compile_stage(
+    network: Network, options: TrainerOptions, context: TrainerContext, stage: Stage, topology: str
+) -> CompiledStep:
+    """Compile the step of ``stage`` for every device of ``topology``.
+
+    Raises:
+        UsageError: the topology is unknown.
+        UnsupportedError: the TPU compiler is not installed, or the attention's options do not fit.
+        ShapeError: the mesh does not fit the devices.
+    """
+    devices = topology_devices(topology)
+    program = stage_program(network, options, context, stage, devices)
+    modalities = tuple(name for name, alpha in context.loss_weights.items() if alpha) or ("text",)
+    kept: dict[str, Any] = {
+        "topology": topology,
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "limit_bytes": usable_memory(devices[0]),
+        "parameter_bytes": device_bytes(network.shapes, program.shardings),
+    }
+    began = time.perf_counter()
+    try:
+        compiled = lowered(program, network, modalities).compile()
+    except jax.errors.JaxRuntimeError as error:
+        problem = str(error)
+        if "RESOURCE_EXHAUSTED" not in problem:
+            raise
+        return CompiledStep(**kept, seconds=time.perf_counter() - began, problem=out_of_memory(problem))
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    text = ProgramText(compiled.as_text())
+    return CompiledStep(
+        **kept,
+        seconds=seconds,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        collectives=collectives(text),
+        kernels=kernels(text),
+        choices=tuple(f"attention {reason}" for reason in program.attention.reasons),
+    )
+
+
+def device_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes that arrays of ``shapes`` take on one device."""
+    sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def lowered(program: StageProgram, network: Network, modalities: tuple[str, ...]) -> Any:
+    """The step of ``program``, traced; nothing is allocated."""
+    parameters = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        network.shapes, program.shardings,
+    )  # fmt: skip
+    state = abstract_state(program.program.optimizer, parameters, program.mesh)
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    return program.step.lower(parameters, state, program.abstract_batch(), rate, modalities)
+
+
+def collectives(text: ProgramText) -> tuple[Collective, ...]:
+    """Transfers between devices: of one kind and type together, the most bytes first."""
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for one, computation, times in text.executed():
+        kind = one.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        if computation.name.startswith("all-reduce-scatter"):  # how a TPU fuses a sum with the slice that is kept of it
+            kind = "reduce-scatter"
+        given = [computation.instructions[name].type for name in one.operands]
+        got = [] if one.opcode.endswith("-start") else [one.type]  # a start's type holds both sides
+        largest = max(", ".join(given), *got, key=array_bytes) if got else ", ".join(given)
+        found[kind, plain_type(largest)] += times
+    rows = [Collective(kind, shape, array_bytes(shape), times) for (kind, shape), times in found.items()]
+    return tuple(sorted(rows, key=lambda row: -row.bytes * row.count))
+
+
+def plain_type(kind: str) -> str:
+    """``bf16[1,8]{1,0:T(8,128)}`` → ``bf16[1,8]``: a type without its layout in memory."""
+    return re.sub(r"\{[^{}]*\}|/\*.*?\*/|[()]", "", kind)
+
+
+def kernels(text: ProgramText) -> dict[str, int]:
+    """How often each Pallas kernel runs."""
+    found: dict[str, int] = defaultdict(int)
+    for one, _, times in text.executed():
+        if is_kernel(one):
+            found[re.sub(r"[.\d]+$", "", one.name)] += times
+    return dict(found)
+
+
+def is_kernel(one: Instruction) -> bool:
+    """Whether the instruction is a Pallas kernel."""
+    return one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest
+
+
+class Permute(NamedTuple):
+    """Permutes of one type in one computation, which are started together."""
+
+    type: str
+    bytes: int
+    count: int
+    hidden: bool  # whether a kernel runs between the start and the end
+
+
+def permutes(text: ProgramText) -> list[Permute]:
+    """Every ``collective-permute`` that runs, and whether a kernel hides it."""
+    found = []
+    for one, computation, times in text.executed():
+        if one.opcode == "collective-permute":
+            found.append(Permute(plain_type(one.type), array_bytes(one.type), times, False))
+        elif one.opcode == "collective-permute-start":
+            kind = computation.instructions[one.operands[0]].type
+            names = list(computation.instructions)
+            done = next(
+                name for name, other in computation.instructions.items()
+                if other.opcode == "collective-permute-done" and one.name in other.operands
+            )  # fmt: skip
+            between = names[names.index(one.name) : names.index(done)]
+            hidden = any(is_kernel(computation.instructions[name]) for name in between)
+            found.append(Permute(plain_type(kind), array_bytes(kind), times, hidden))
+    return found
+
+
+def out_of_memory(problem: str) -> str:
+    """The compiler's message without what only its makers can read: the sums, and the largest buffers where told."""
+    lines = [line.rstrip() for line in problem.splitlines()]
+    return "\n".join(line for line in lines if line.strip())

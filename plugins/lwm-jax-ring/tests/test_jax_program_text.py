@@ -1,0 +1,95 @@
+"""The reader of compiled programs, against programs whose transfers are counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lwm_jax_ring.aot.compile import collectives, kernels
+from lwm_jax_ring.aot.program_text import ProgramText, ProgramTextError, array_bytes
+
+TPU_LOOP = """\
+HloModule jit_f, is_scheduled=true
+
+%body (p: (s32[], bf16[1,8,128], s32[])) -> (s32[], bf16[1,8,128], s32[]) {
+  %p = (s32[]{:T(128)}, bf16[1,8,128]{2,1,0:T(8,128)(2,1)}, s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %n = s32[] get-tuple-element(%p), index=2
+  %start = (bf16[1,8,128]{2,1,0}, bf16[1,8,128]{2,1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1
+  %block.3 = bf16[1,8,128]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %done = bf16[1,8,128]{2,1,0} collective-permute-done(%start)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], bf16[1,8,128]{2,1,0}, s32[]) tuple(%next, %done, %n)
+}
+
+%cond (p.1: (s32[], bf16[1,8,128], s32[])) -> pred[] {
+  %p.1 = (s32[], bf16[1,8,128]{2,1,0}, s32[]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n.1 = s32[] get-tuple-element(%p.1), index=2
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %n.1), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+ENTRY %main (a: bf16[1,8,128]) -> bf16[1,8,128] {
+  %a = bf16[1,8,128]{2,1,0} parameter(0)
+  %from = s32[] constant(2)
+  %to = s32[] constant(7)
+  %copied = s32[] copy(%from)
+  %init = (s32[], bf16[1,8,128]{2,1,0}, s32[]) tuple(%copied, %a, %to)
+  %w = (s32[], bf16[1,8,128]{2,1,0}, s32[]) while(%init), condition=%cond, body=%body
+  ROOT %r = bf16[1,8,128]{2,1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_a_tpus_loop_is_counted_from_its_condition_and_first_value() -> None:
+    text = ProgramText(TPU_LOOP)
+    (row,) = collectives(text)
+    assert (row.kind, row.type, row.bytes, row.count) == ("collective-permute", "bf16[1,8,128]", 2 * 8 * 128, 5)
+    assert kernels(text) == {"block": 5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("direction=LT", "direction=NE"), ("constant(7)", "parameter(1)"), ("ENTRY %main", "%main")],
+)
+def test_what_cannot_be_counted_is_refused(old: str, new: str) -> None:
+    with pytest.raises(ProgramTextError):
+        ProgramText(TPU_LOOP.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("bf16[2,3]{1,0:T(8,128)(2,1)}", 12), ("(f32[4]{0}, u32[]{:S(2)})", 20), ("pred[5]", 5), ("s4[8]", 4),
+     ("f8e4m3fn[6]", 6)],
+)  # fmt: skip
+def test_bytes_of_a_type(kind: str, size: int) -> None:
+    assert array_bytes(kind) == size
+
+
+def test_nested_loops_of_a_real_program() -> None:
+    """Six rounds of three permutes of 128 bytes and one gather, which the CPU's compiler prints in its own way."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("sp",))
+    pairs = [(rank, (rank + 1) % 4) for rank in range(4)]
+
+    def local(x: jax.Array) -> jax.Array:
+        def inner(_: Any, y: jax.Array) -> jax.Array:
+            return lax.ppermute(y, "sp", pairs) * 2
+
+        def outer(_: Any, y: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, 3, inner, y) + lax.all_gather(y, "sp").sum(axis=0)
+
+        return lax.fori_loop(2, 8, outer, x)
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("sp"), out_specs=P("sp"), check_vma=False))
+    text = ProgramText(run.lower(jnp.zeros((32, 4), jnp.float32)).compile().as_text())
+    found = {row.kind: (row.bytes, row.count) for row in collectives(text)}
+    assert found == {"collective-permute": (128, 18), "all-gather": (512, 6)}
