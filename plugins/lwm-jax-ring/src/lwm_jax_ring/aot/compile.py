@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from lwm_core.protocols import Collective, CompiledStep, Stage, TrainerContext
 from lwm_jax_ring.aot.program_text import Instruction, ProgramText, array_bytes
@@ -22,6 +23,7 @@ from lwm_jax_ring.train.optimizer import abstract_state
 from lwm_jax_ring.train.options import TrainerOptions
 from lwm_jax_ring.train.stage import StageProgram, stage_program
 
+LARGEST = "largest parameters on a device, each with a gradient and two moments of its size:"
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -52,7 +54,8 @@ def compile_stage(
         problem = str(error)
         if "RESOURCE_EXHAUSTED" not in problem:
             raise
-        return CompiledStep(**kept, seconds=time.perf_counter() - began, problem=out_of_memory(problem))
+        told = "\n".join((out_of_memory(problem), LARGEST, *largest(network.shapes, program.shardings)))
+        return CompiledStep(**kept, seconds=time.perf_counter() - began, problem=told)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     text = ProgramText(compiled.as_text())
@@ -74,6 +77,16 @@ def device_bytes(shapes: Any, shardings: Any) -> int:
     """Bytes that arrays of ``shapes`` take on one device."""
     sizes = jax.tree.map(lambda x, s: prod(s.shard_shape(x.shape)) * x.dtype.itemsize, shapes, shardings)
     return sum(jax.tree.leaves(sizes))
+
+
+def largest(shapes: Any, shardings: Any, most: int = 5) -> list[str]:
+    """The largest parameters on one device, a line each."""
+    rows = []
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        part = traverse_util.flatten_dict(shardings)[path].shard_shape(leaf.shape)
+        size = prod(part) * leaf.dtype.itemsize / 2**30
+        rows.append((size, f"  {size:.2f} GiB {'.'.join(path)} {leaf.dtype}{list(part)} of {list(leaf.shape)}"))
+    return [line for _, line in sorted(rows, reverse=True)[:most]]
 
 
 def lowered(program: StageProgram, network: Network, modalities: tuple[str, ...]) -> Any:
