@@ -31,8 +31,10 @@ ON_CPU = {
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
 BENCHMARKS = {
     "attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices",
+    "attention-gpu": "kernels of jax-ring on one NVIDIA GPU: a ring of 8 played through against one whole call",
     "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
 }
+ON_GPU = {"attention-gpu"}
 BESIDE_PEER = {"attention-cpu"}
 PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
 MAX_CORE_WHEEL = 500_000  # bytes
@@ -155,7 +157,10 @@ def bench(session: nox.Session) -> None:
         return
     if name not in BENCHMARKS:
         session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
+    on_gpu = name in ON_GPU and not {"--smoke", "--help"} & set(options)
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
+    if on_gpu:
+        session.install("-c", str(CONSTRAINTS), f"{ROOT / 'plugins' / 'lwm-jax-ring'}[cuda]")
     script = ROOT / "tests" / "bench" / f"{name.replace('-', '_')}.py"
     if name in BESIDE_PEER:
         options = ["--peer-python", peer_environment(session), *options]

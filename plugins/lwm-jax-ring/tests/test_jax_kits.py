@@ -16,6 +16,7 @@ from lwm_core.testing.attention_cases import WORLDS
 WHOLE = os.environ.get("LWM_KITS") == "whole"
 XLA = {"query_chunk": 4, "key_chunk": 4}  # so that chunks are skipped and masked
 PALLAS = {"kernel": "pallas-tpu", "interpret": True}
+CUDNN = {"kernel": "cudnn", "interpret": True, "fused_block": 8, **XLA}  # so that all its kinds of blocks occur
 
 
 def worlds(*few: int) -> tuple[int, ...]:
@@ -33,6 +34,11 @@ class TestRingPallas(TestRing):
     worlds = worlds(2)
 
 
+class TestRingCudnn(TestRing):
+    options: ClassVar = {"strategy": "ring", **CUDNN}
+    worlds = worlds(2)
+
+
 class TestAllgather(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "allgather", **XLA}
@@ -42,6 +48,11 @@ class TestAllgather(AttentionSuite):
 class TestAllgatherPallas(TestAllgather):
     __test__ = WHOLE
     options: ClassVar = {"strategy": "allgather", **PALLAS}
+
+
+class TestAllgatherCudnn(TestAllgather):
+    __test__ = WHOLE
+    options: ClassVar = {"strategy": "allgather", **CUDNN}
 
 
 def heads_refused(devices: int, heads: int, kv_heads: int) -> str:
@@ -68,6 +79,11 @@ class TestUlyssesPallas(TestUlysses):
     options: ClassVar = {"strategy": "ulysses", **PALLAS}
 
 
+class TestUlyssesCudnn(TestUlysses):
+    __test__ = WHOLE
+    options: ClassVar = {"strategy": "ulysses", **CUDNN}
+
+
 class TestUsp(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "usp", **XLA}
@@ -83,6 +99,11 @@ class TestUsp(AttentionSuite):
 class TestUspPallas(TestUsp):
     __test__ = WHOLE
     options: ClassVar = {"strategy": "usp", **PALLAS}
+
+
+class TestUspCudnn(TestUsp):
+    __test__ = WHOLE
+    options: ClassVar = {"strategy": "usp", **CUDNN}
 
 
 INNER = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}

@@ -65,7 +65,7 @@ def compile_for_tpu(
     options = {"scale": dim**-0.5, "softcap": softcap}
     programs = [
         jax.jit(partial(pallas_tpu.forward, **options)).lower(q, k, k, *masks).compile(),
-        jax.jit(partial(pallas_tpu.backward, **options)).lower(q, k, k, q, stat, stat, *masks).compile(),
+        jax.jit(partial(pallas_tpu.backward, **options)).lower(q, k, k, q, q, stat, *masks).compile(),
     ]
     text = "".join(program.as_text() for program in programs)
     return {

@@ -17,7 +17,7 @@ attention = PluginSpec(
         "dtypes": ("float32", "bfloat16"),
         "strategies": ("ring", "allgather", "ulysses", "usp"),
         "layouts": ("contiguous", "zigzag", "striped"),
-        "kernels": ("xla", "pallas-tpu"),
+        "kernels": ("xla", "pallas-tpu", "cudnn"),
     },
     priority=10,
 )

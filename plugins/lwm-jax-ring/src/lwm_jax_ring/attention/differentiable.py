@@ -76,8 +76,7 @@ def differentiable(absorb: Absorb, gradients: Gradients) -> Attention:
     def backward_rule(spec, residuals, dout):  # type: ignore[no-untyped-def]
         q, k, v, segments, out, lse, dout, rank = _tied(spec, *residuals, dout)
         lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # a query that saw nothing has weights 0
-        delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
-        saved = spec.kernel.saved(q, dout, lse, delta, spec.queries(rank, segments), k.shape[2])
+        saved = spec.kernel.saved(q, out, dout, lse, spec.queries(rank, segments), k.shape[2])
         dq, dk, dv = gradients(saved, Here(k, v, segments), rank, spec)
         dq = spec.kernel.finish_gradient(dq, q.shape[1])
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

@@ -21,14 +21,17 @@ class AttentionOptions(BaseModel):
     inner: int | None = Field(
         None, gt=0, description="usp: neighbours that exchange heads; sp's largest divisor up to its root by default"
     )
-    kernel: Literal["auto", "xla", "pallas-tpu"] = Field(
+    kernel: Literal["auto", "xla", "pallas-tpu", "cudnn"] = Field(
         "auto", description="what computes a block between two transfers; auto: pallas-tpu on a TPU, else xla"
     )
     query_chunk: int = Field(256, gt=0, description="xla: queries computed at a time, in tokens")
     key_chunk: int = Field(256, gt=0, description="xla: keys computed at a time, in tokens")
     block_q: int | None = Field(None, gt=0, description="pallas-tpu: queries computed at a time; by dtype by default")
     block_k: int | None = Field(None, gt=0, description="pallas-tpu: keys computed at a time; by dtype by default")
-    interpret: bool = Field(False, description="pallas-tpu: interpret the kernel where there is no TPU; slow")
+    fused_block: int = Field(8192, gt=0, description="cudnn: queries, and keys, that it is given at a time at most")
+    interpret: bool = Field(
+        False, description="pallas-tpu, cudnn: play the kernel in plain operations where its device is not; slow"
+    )
     softcap: float | None = Field(
         None, gt=0, description="bends the scores softly into ±softcap, for models trained so; none: as they are"
     )

@@ -68,6 +68,8 @@ def make_kernel(options: AttentionOptions, platform: str, run: int, head_dim: in
     if name == "xla":
         chunks = (chunk_length(run, chunk) for chunk in (options.query_chunk, options.key_chunk))
         return XlaKernel(scale, *chunks, softcap=options.softcap)
+    if name == "cudnn":
+        return fused_kernel(options, platform, run, scale)
     if platform != "tpu" and not options.interpret:
         raise UnsupportedError(
             f"jax-ring: kernel 'pallas-tpu' needs a TPU, but the devices are {platform}; use kernel = 'xla', or set "
@@ -78,6 +80,30 @@ def make_kernel(options: AttentionOptions, platform: str, run: int, head_dim: in
     return PallasTpuKernel(
         scale, head_dim, options.softcap, options.block_q, options.block_k, interpret=platform != "tpu"
     )
+
+
+def fused_kernel(options: AttentionOptions, platform: str, run: int, scale: float) -> Kernel:
+    """The kernel ``cudnn``, or its interpretation.
+
+    Raises:
+        UnsupportedError: no GPU, a soft-cap, or a JAX that binds cuDNN otherwise.
+    """
+    from lwm_jax_ring.attention.kernels.cudnn import CudnnFused, primitives
+    from lwm_jax_ring.attention.kernels.fused import FusedKernel, InterpretedFused
+
+    if options.softcap is not None:
+        raise UnsupportedError("jax-ring: kernel 'cudnn' has no softcap; use kernel = 'xla'")
+    on_gpu = platform in ("gpu", "cuda")
+    if not on_gpu and not options.interpret:
+        raise UnsupportedError(
+            f"jax-ring: kernel 'cudnn' needs an NVIDIA GPU, but the devices are {platform}; use kernel = 'xla', or set "
+            "interpret = true to try it slowly"
+        )
+    if on_gpu:
+        primitives()
+    block = chunk_length(run, options.fused_block)
+    chunks = (chunk_length(block, chunk) for chunk in (options.query_chunk, options.key_chunk))
+    return FusedKernel(scale, block, CudnnFused() if on_gpu else InterpretedFused(), XlaKernel(1.0, *chunks))
 
 
 def attention_spec(

@@ -40,12 +40,12 @@ class Kernel(Protocol):
         ...
 
     def saved(
-        self, q: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, mask: Queries, kv_heads: int
+        self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int
     ) -> Any:
         """What the backward pass needs of the queries, in the kernel's own form.
 
-        ``lse [B,C,H]`` is +inf, not −inf, where a query saw nothing, so that its weights are 0; ``delta [B,C,H]`` is
-        the sum of out · dout.
+        ``out [B,C,H,D]`` and ``lse [B,C,H]`` are those over all keys; lse is +inf, not −inf, where a query saw nothing,
+        so that its weights are 0.
         """
         ...
 
@@ -62,6 +62,11 @@ class Kernel(Protocol):
     def finish_gradient(self, dq: Any, length: int) -> jax.Array:
         """dq ``[B,C,H,D]`` float32."""
         ...
+
+
+def row_sums(out: jax.Array, dout: jax.Array) -> jax.Array:
+    """``[B,C,H]`` float32: the sum of out · dout, which the softmax's gradient takes off (arXiv 2307.08691, eq. 4)."""
+    return (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lwm_jax_ring.attention.blocks import Keys, Queries
-from lwm_jax_ring.attention.kernels.contract import capped
+from lwm_jax_ring.attention.kernels.contract import capped, row_sums
 
 SKIP, WHOLE, MASKED = 0, 1, 2
 
@@ -270,7 +270,7 @@ class XlaKernel:
         return join_queries(out, length, self.query_chunk), lse
 
     def saved(
-        self, q: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, mask: Queries, kv_heads: int
+        self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int
     ) -> Saved:
         def split(x: jax.Array) -> jax.Array:
             return split_queries(x, kv_heads, self.query_chunk)
@@ -279,7 +279,7 @@ class XlaKernel:
             q=split(q * jnp.asarray(self.scale, q.dtype)),
             dout=split(dout.astype(q.dtype)),
             lse=split(lse[..., None])[..., 0],
-            delta=split(delta[..., None])[..., 0],
+            delta=split(row_sums(out, dout)[..., None])[..., 0],
             mask=split_query_mask(mask, self.query_chunk),
         )
 

@@ -12,6 +12,7 @@ import jax
 
 from lwm_core.errors import ShapeError
 from lwm_jax_ring.attention.blocks import Keys, Queries
+from lwm_jax_ring.attention.kernels.contract import row_sums
 from lwm_jax_ring.attention.kernels.pallas_tpu import backward_pass, forward_pass, plan
 from lwm_jax_ring.attention.kernels.pallas_tpu.inside import Logits
 
@@ -63,14 +64,14 @@ class PallasTpuKernel:
         return forward_pass.finish(state, length, self.dim, self._logits)
 
     def saved(
-        self, q: jax.Array, dout: jax.Array, lse: jax.Array, delta: jax.Array, mask: Queries, kv_heads: int
+        self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int
     ) -> backward_pass.Saved:
-        if dout.shape != q.shape or lse.shape != q.shape[:3] or delta.shape != q.shape[:3]:
+        if out.shape != q.shape or dout.shape != q.shape or lse.shape != q.shape[:3]:
             raise ShapeError(
-                f"pallas-tpu: q is {q.shape}, dout {dout.shape}, lse {lse.shape}, delta {delta.shape}; "
-                "expected [B,C,H,D] twice and [B,C,H] twice"
+                f"pallas-tpu: q is {q.shape}, out {out.shape}, dout {dout.shape}, lse {lse.shape}; "
+                "expected [B,C,H,D] three times and [B,C,H]"
             )
-        return backward_pass.save(plan.prepare(q, mask, self.block_q), dout, lse, delta)
+        return backward_pass.save(plan.prepare(q, mask, self.block_q), dout, lse, row_sums(out, dout))
 
     def start_gradient(self, saved: backward_pass.Saved) -> jax.Array:
         return backward_pass.start(saved)
@@ -111,9 +112,9 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    out: jax.Array,
     dout: jax.Array,
     lse: jax.Array,
-    delta: jax.Array,
     queries: Queries,
     keys: Keys,
     *,
@@ -124,9 +125,9 @@ def backward(
 
     Args:
         q, k, v, queries, keys, scale, options: as of :func:`forward`.
+        out: ``[B,C,H,D]``, of all ranks' keys together.
         dout: ``[B,C,H,D]``, gradient of out; used in q's dtype.
         lse: ``[B,C,H]`` natural log, of all ranks' keys together; −inf or +inf where a query sees nothing.
-        delta: ``[B,C,H]``, the sum of out · dout over D, with out of all ranks' keys together.
 
     Returns:
         dq ``[B,C,H,D]``, dk and dv ``[B,T,K,D]``, float32, summed over the heads of a group; with respect to the
@@ -136,6 +137,6 @@ def backward(
         ShapeError, UnsupportedError: as :class:`PallasTpuKernel`.
     """
     kernel = PallasTpuKernel(float(scale), q.shape[3], **options)
-    saved = kernel.saved(q, dout, lse, delta, queries, k.shape[2])
+    saved = kernel.saved(q, out, dout, lse, queries, k.shape[2])
     dq, dk, dv = kernel.gradients(kernel.start_gradient(saved), saved, k, v, keys)
     return kernel.finish_gradient(dq, q.shape[1]), dk, dv
