@@ -1,8 +1,8 @@
-"""Model folders: ``model.safetensors`` with canonical names, and ``config.json``, a Hugging Face Llama configuration.
+"""Model folders: ``model.safetensors`` with canonical names, and ``config.json`` (see :mod:`lwm_core.llama_config`).
 
-``config.json`` also holds a table ``lwm``: how the one vocabulary splits, the RoPE that Hugging Face has no words for,
-and the length that was trained. A folder without it is read as a text-only model. Arrays are written one at a time at
-their place in the file and mapped lazily when read, so a model never has to fit in memory twice. Nothing is pickled.
+Arrays are written one at a time at their place in the file and mapped lazily when read, so a model never has to fit in
+memory twice. A folder whose arrays are dealt to several files, with ``model.safetensors.index.json``, as Hugging Face
+keeps large models, is read too. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import CheckpointError, LwmError, ShapeError
+from lwm_core.llama_config import from_huggingface, to_huggingface
 from lwm_core.model import ModelConfig, canonical_shapes
 from lwm_core.rope import RopeSpec
-from lwm_core.vocab import Vocabulary
 
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
 Dtype = Literal["float32", "bfloat16"]
@@ -38,30 +39,43 @@ _CODES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 _MOST_NAMED = 4  # parameters named in one message
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where an array lies in a file."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
 class LazyParameters(Mapping[str, NDArray[Any]]):
-    """Canonical name → array, mapped from the file when it is asked for."""
+    """Canonical name → array, mapped from its file when it is asked for.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, holds a name that another holds too, or lacks one that the index
+            promises.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries, self._start = _read_header(path)
+        self._places = _indexed(path) if path.name.endswith(".index.json") else _read_header(path)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        entry = self._entries[name]
-        begin, _ = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if 0 in shape:
-            return np.zeros(shape, _DTYPES[entry["dtype"]])
-        return np.memmap(self.path, _DTYPES[entry["dtype"]], mode="r", offset=self._start + begin, shape=shape)
+        place = self._places[name]
+        if 0 in place.shape:
+            return np.zeros(place.shape, place.dtype)
+        return np.memmap(place.path, place.dtype, mode="r", offset=place.offset, shape=place.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of ``name``, without mapping it."""
-        return tuple(self._entries[name]["shape"])
+        return self._places[name].shape
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ def write_model_folder(
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / WEIGHTS_FILE)
-    config = json.dumps(_to_huggingface(model, rope, seq_len, dtype), indent=2) + "\n"
+    config = json.dumps(to_huggingface(model, rope, seq_len, dtype), indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
@@ -129,9 +143,11 @@ def read_model_folder(folder: Path) -> ModelFolder:
         CheckpointError: a file is missing or damaged, the architecture is another, or parameters do not match it.
     """
     model, rope, seq_len = read_model_config(folder)
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; expected a model folder with {CONFIG_FILE} beside it")
+    path = next((folder / name for name in (WEIGHTS_FILE, INDEX_FILE) if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS_FILE} and no {INDEX_FILE}; expected a model folder with {CONFIG_FILE} beside it"
+        )
     parameters = LazyParameters(path)
     shapes = canonical_shapes(model)
     problems = []
@@ -164,7 +180,7 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, RopeSpec, int]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     try:
-        return _from_huggingface(path, values)
+        return from_huggingface(path, values)
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]} is missing; expected a Llama configuration") from None
     except (TypeError, ValueError, AttributeError) as error:
@@ -173,80 +189,8 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, RopeSpec, int]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _to_huggingface(model: ModelConfig, rope: RopeSpec, seq_len: int, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.rms_norm_eps,
-        "initializer_range": model.init_std,
-        "rope_theta": rope.theta,
-        "max_position_embeddings": seq_len,
-        "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": model.qkv_bias,
-        "mlp_bias": False,
-        "vocab_size": model.vocabulary.size,
-        "torch_dtype": dtype,
-        "lwm": {
-            "text_size": model.vocabulary.text_size,
-            "vision_size": model.vocabulary.vision_size,
-            "vision_codes": model.vocabulary.vision_codes,
-            "rope_factors": None if rope.factors is None else list(rope.factors),
-            "rope_attention_factor": rope.attention_factor,
-            "seq_len": seq_len,
-        },
-    }
-
-
-def _from_huggingface(path: Path, values: dict[str, Any]) -> tuple[ModelConfig, RopeSpec, int]:
-    kind = values.get("model_type", "llama")
-    if kind not in ("llama", "qwen2"):
-        raise CheckpointError(f"{path}: model_type is {kind!r}; expected 'llama'")
-    own = values.get("lwm")
-    scaling = values.get("rope_scaling")
-    if own is None and scaling:
-        raise CheckpointError(f"{path}: rope_scaling {scaling!r} is not carried by this file's reader; expected none")
-    own = own or {}
-    heads = values["num_attention_heads"]
-    vocabulary = Vocabulary(
-        text_size=own.get("text_size", values["vocab_size"]),
-        vision_size=own.get("vision_size", 0),
-        vision_codes=own.get("vision_codes", 8192),
-    )
-    if vocabulary.size != values["vocab_size"]:
-        raise CheckpointError(
-            f"{path}: vocab_size is {values['vocab_size']}, but lwm.text_size + lwm.vision_size is {vocabulary.size}"
-        )
-    model = ModelConfig(
-        vocabulary=vocabulary,
-        hidden_size=values["hidden_size"],
-        intermediate_size=values["intermediate_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        tie_embeddings=values.get("tie_word_embeddings", False),
-        rms_norm_eps=values["rms_norm_eps"],
-        init_std=values.get("initializer_range", 0.02),
-        qkv_bias=values.get("attention_bias", kind == "qwen2"),
-    )
-    factors = own.get("rope_factors")
-    rope = RopeSpec(
-        theta=float(values.get("rope_theta", 10_000.0)),
-        factors=None if factors is None else tuple(factors),
-        attention_factor=own.get("rope_attention_factor", 1.0),
-    )
-    return model, rope, int(own.get("seq_len", values["max_position_embeddings"]))
-
-
-def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The entries of a safetensors file and where its arrays start; the library itself has checked the file."""
+def _read_header(path: Path) -> dict[str, _Place]:
+    """Where the arrays of a safetensors file lie; the library itself has checked the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -258,10 +202,35 @@ def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
+    places = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise CheckpointError(f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-    return header, 8 + size
+        offset = 8 + size + entry["data_offsets"][0]
+        places[name] = _Place(path, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return places
+
+
+def _indexed(path: Path) -> dict[str, _Place]:
+    """Where the arrays lie that an index deals to the files beside it."""
+    try:
+        dealt = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(dealt.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not an index with a weight_map of parameter to file: {error!r}") from None
+    places: dict[str, _Place] = {}
+    for name in files:
+        part = path.parent / name
+        if part.parent != path.parent or not part.is_file():
+            raise CheckpointError(f"{path}: there is no file {name!r} beside it; the download or copy is not whole")
+        for parameter, place in _read_header(part).items():
+            if dealt.get(parameter, name) != name:
+                raise CheckpointError(f"{path}: {parameter} is in {name}, but the index has it in {dealt[parameter]}")
+            places[parameter] = place
+    missing = [parameter for parameter in dealt if parameter not in places]
+    if missing:
+        raise CheckpointError(f"{path}: {_listed('promised but in none of its files', missing)}")
+    return places
 
 
 def _listed(what: str, names: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from lwm_core.errors import CheckpointError
 from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.rope import RopeSpec
+from lwm_core.rope_scalings import llama3
 from lwm_core.vocab import Vocabulary
 from lwm_core.weights import read_model_config, read_model_folder, write_model_folder
 
@@ -84,7 +86,9 @@ def test_a_plain_hugging_face_configuration_is_a_text_only_model(tmp_path: Path)
         ({"model_type": "mamba"}, "model_type is 'mamba'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"vocab_size": 41}, "vocab_size is 41"),
-        ({"lwm": None, "rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"lwm": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'"),
+        ({"lwm": None, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"lwm": None, "rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor = 0.5; expected 1 or more"),
         ({"num_key_value_heads": 3}, "not a multiple"),
     ],
 )
@@ -112,6 +116,78 @@ def test_every_mismatch_is_named(tmp_path: Path) -> None:
     parts = ("1 missing: model.norm.weight", "1 unknown: model.norm.bias", "lm_head.weight is (51, 16)", "(52, 16)")
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_rope_in_hugging_faces_words(tmp_path: Path) -> None:
+    """Llama 3.1's own configuration, as transformers wrote it before and since version 5."""
+    scaling = {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    base = {
+        "model_type": "llama", "hidden_size": 4096, "vocab_size": 128_256, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131_072,
+    }  # fmt: skip
+    for words in (
+        {"rope_theta": 5e5, "rope_scaling": scaling},
+        {"rope_parameters": {**scaling, "rope_theta": 5e5}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(base | words))
+        _, rope, seq_len = read_model_config(tmp_path)
+        assert rope == llama3(5e5, 128, factor=8.0, original=8192) and seq_len == 131_072
+
+
+def dealt(folder: Path) -> dict[str, np.ndarray]:
+    """A model dealt to two files and an index, as the library's own writers do it."""
+    config = model()
+    values = arrays(config)
+    write_model_folder(folder, config, ROPE, 512, values.items())
+    (folder / "model.safetensors").unlink()
+    names = sorted(values)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for part, held in parts.items():
+        save_file({name: values[name] for name in held}, folder / part)
+    index = {"metadata": {}, "weight_map": {name: part for part, held in parts.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return values
+
+
+def test_a_model_dealt_to_several_files_is_read(tmp_path: Path) -> None:
+    values = dealt(tmp_path)
+    read = read_model_folder(tmp_path).parameters
+    assert set(read) == set(values)
+    assert all(np.array_equal(read[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("lost", "there is no file 'model-2.safetensors' beside it"),
+        ("outside", "there is no file '../model-1.safetensors' beside it"),
+        ("swapped", "is in model-1.safetensors, but the index has it in model-2.safetensors"),
+        ("promised", "1 promised but in none of its files: model.more.weight"),
+        ("not json", "not an index"),
+        ("no map", "not an index"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path: Path, damage: str, message: str) -> None:
+    dealt(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = index["weight_map"]
+    if damage == "lost":
+        (tmp_path / "model-2.safetensors").unlink()
+    elif damage == "outside":
+        index["weight_map"] = dict.fromkeys(places, "../model-1.safetensors")
+    elif damage == "swapped":
+        index["weight_map"] = {name: f"model-{3 - int(part[6])}.safetensors" for name, part in places.items()}
+    elif damage == "promised":
+        places["model.more.weight"] = "model-1.safetensors"
+    path.write_text({"not json": "{", "no map": "[]"}.get(damage, json.dumps(index)))
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        read_model_folder(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "empty", "missing"])

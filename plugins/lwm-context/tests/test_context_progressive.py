@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from lwm_context.options import PER_STAGE_KEYS, ProgressiveOptions
 from lwm_context.progressive import progressive
-from lwm_context.scalings import llama3, yarn
 from lwm_context.stages import length_name
 from lwm_core.config import StageTable, problems_from, read_source
 from lwm_core.errors import ConfigError
@@ -23,6 +22,7 @@ from lwm_core.mesh import resolve_mesh
 from lwm_core.model import preset
 from lwm_core.protocols import Stage, StartModel
 from lwm_core.rope import RopeSpec
+from lwm_core.rope_scalings import llama3, yarn
 from lwm_core.vocab import Vocabulary
 
 MODEL = preset("7b", Vocabulary(32_000))  # head dim 128

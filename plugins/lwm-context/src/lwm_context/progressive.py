@@ -7,12 +7,12 @@ training then runs on rows that are short and cheap, and every stage has little 
 from __future__ import annotations
 
 from lwm_context.options import NoScaling, ProgressiveOptions
-from lwm_context.scalings import SCALINGS, base_bound_theta
 from lwm_context.stages import stage_lengths, stage_tables
 from lwm_core.config import StageTable
 from lwm_core.errors import ConfigError
 from lwm_core.protocols import Stage, StartModel
 from lwm_core.rope import RopeSpec
+from lwm_core.rope_scalings import SCALINGS, base_bound_theta
 
 
 def progressive(options: ProgressiveOptions, start: StartModel) -> tuple[Stage, ...]:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lwm_context.scalings import SCALINGS, base_bound_theta, linear, llama3, ntk, yarn
 from lwm_core.errors import ShapeError
 from lwm_core.rope import RopeSpec, first_base_violation
+from lwm_core.rope_scalings import SCALINGS, base_bound_theta, linear, llama3, ntk, yarn
 
 # Frequencies that Hugging Face transformers publishes in its own tests (tests/utils/test_modeling_rope_utils.py,
 # five digits): D = 128, theta = 10000, factor 10, original 2048, the defaults of each scaling. Pair → f'.
