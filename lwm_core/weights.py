@@ -126,7 +126,7 @@ def write_model_folder(
                 raise CheckpointError(f"{folder}: parameter {name} has shape {array.shape}; expected {shapes[name]}")
             missing.remove(name)
             file.seek(start + header[name]["data_offsets"][0])
-            file.write(np.ascontiguousarray(array, dtype=target).tobytes())
+            file.write(np.ascontiguousarray(array, dtype=target).reshape(-1).view(np.uint8).data)
         if missing:
             raise CheckpointError(f"{folder}: {_listed('missing', [n for n in shapes if n in missing])}")
         file.flush()

@@ -11,3 +11,15 @@ hf = PluginSpec(
     options="lwm_hf.options:HfTokenizerOptions",
     needs=("tokenizers",),
 )
+
+import_model = PluginSpec(
+    name="import",
+    summary="A model folder from a Hugging Face Llama, or from LWM's own release",
+    factory="lwm_hf.interchange.commands:add_import",
+)
+
+export_model = PluginSpec(
+    name="export",
+    summary="A run's model as a folder that transformers reads",
+    factory="lwm_hf.interchange.commands:add_export",
+)

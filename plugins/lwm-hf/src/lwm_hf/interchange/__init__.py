@@ -1,0 +1,1 @@
+"""Models from and to other projects' files: ``lwm import`` and ``lwm export``."""
