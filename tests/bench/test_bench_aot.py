@@ -63,6 +63,7 @@ def test_the_committed_table_is_of_these_rows_and_everything_in_it_fits(scope: d
 
 
 @pytest.mark.tpu_aot
+@pytest.mark.tpu_pods
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_smoke_case_runs(tmp_path: Path) -> None:
     done = bench("--smoke", "--out", str(tmp_path / "result.json"))

@@ -84,7 +84,9 @@ def compile_all(target: str) -> None:
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("target", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "target", [name if name == "v5p" else pytest.param(name, marks=pytest.mark.tpu_pods) for name in TOPOLOGIES]
+)
 def test_real_tpus_compiler_takes_the_kernels(target: str) -> None:
     """All three kernels of each case are in the programs; what they need beside the arrays grows with the length."""
     if importlib.util.find_spec("libtpu") is None:

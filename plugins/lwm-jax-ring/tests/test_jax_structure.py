@@ -44,6 +44,9 @@ def test_traced_indices_equal_the_cores(kind: str, world: int) -> None:
     np.testing.assert_array_equal(to_natural(jnp.asarray(layout.permutation(length)), layout), np.arange(length))
 
 
+run = jax.jit(lambda kernel, method, *arguments: getattr(kernel, method)(*arguments), static_argnums=(0, 1))
+
+
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(range(4)), hidden=st.sets(st.integers(0, 3)), seed=st.integers(0, 1000))
 def test_blocks_merge_in_any_order(order: list[int], hidden: set[int], seed: int) -> None:
@@ -56,11 +59,11 @@ def test_blocks_merge_in_any_order(order: list[int], hidden: set[int], seed: int
     queries = Queries(jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 7, jnp.int32), everyone)
     kernel = xla.XlaKernel(scale=0.5, query_chunk=4, key_chunk=2)
     prepared = kernel.queries(jnp.asarray(q), queries, 2)
-    state = kernel.start(prepared)
+    state = run(kernel, "start", prepared)
     for block in order:
         part = slice(2 * block, 2 * block + 2)
         keys = Keys(jnp.asarray(index[part], jnp.int32), jnp.asarray(segments[:, part]))
-        state = kernel.absorb(state, prepared, jnp.asarray(k[:, part]), jnp.asarray(v[:, part]), keys)
+        state = run(kernel, "absorb", state, prepared, jnp.asarray(k[:, part]), jnp.asarray(v[:, part]), keys)
     out, lse = kernel.finish(state, 8)
     seen = np.flatnonzero(segments[0])
     if seen.size == 0:
