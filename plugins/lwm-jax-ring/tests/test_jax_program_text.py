@@ -57,6 +57,26 @@ def test_a_tpus_loop_is_counted_from_its_condition_and_first_value() -> None:
     assert kernels(text) == {"block": 5}
 
 
+def test_what_another_core_is_given_is_counted() -> None:
+    """A collective that a TPU hands to its SparseCores is in a computation that a ``call-start`` names."""
+    handed = """\
+%called (q: s32[1,8]) -> s32[1,64] {
+  %q = s32[1,8]{1,0} parameter(0)
+  ROOT %gathered = s32[1,64]{1,0} all-gather(%q), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={1}
+}
+
+ENTRY"""
+    start = (
+        "  %ids = s32[1,8]{1,0} constant({0})\n"
+        "  %cs = ((s32[1,8]), s32[1,64]{1,0}, u32[]) call-start(%ids), to_apply=%called\n"
+        "  %copied ="
+    )
+    text = ProgramText(TPU_LOOP.replace("ENTRY", handed).replace("  %copied =", start))
+    assert {row.kind: (row.type, row.count) for row in collectives(text)} == {
+        "all-gather": ("s32[1,64]", 1), "collective-permute": ("bf16[1,8,128]", 5),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("direction=LT", "direction=NE"), ("constant(7)", "parameter(1)"), ("ENTRY %main", "%main")],

@@ -19,6 +19,9 @@ _OPCODE = re.compile(r"^([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"\b(condition|body|to_apply|calls|branch_computations|true_computation|false_computation)=")
+CALLS = ("call", "call-start")
+"""Opcodes that run what they name by ``to_apply``; a TPU's SparseCores are given collectives by ``call-start``."""
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 
 
@@ -138,7 +141,7 @@ class ProgramText:
                     self._count(body, times * self.trip_count(self.computations[name], one))
                 continue
             for attribute in set(_CALLS.findall(one.rest)) - {"condition", "to_apply"} | (
-                {"to_apply"} if one.opcode == "call" else set()
+                {"to_apply"} if one.opcode in CALLS else set()
             ):
                 for called in one.called(attribute):
                     self._count(called, times)
