@@ -22,7 +22,7 @@ PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT
 QUICKSTART = ("plugins/lwm-jax-ring", "plugins/lwm-context", "plugins/lwm-data", "plugins/lwm-evals", "plugins/lwm-hf",
               "contrib/lwm-tiny-base")  # fmt: skip
 TPU_COMPILER = "libtpu"  # compiles for real TPUs on any machine; it needs none
-TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", TPU_COMPILER)
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", "transformers", TPU_COMPILER)
 SIDE_BY_SIDE = ("-n", "auto", "--dist", "loadscope")  # a kit's class stays in one process, with what it has compiled
 ON_CPU = {
     "JAX_PLATFORMS": "cpu",  # else every process that imports JAX would load the TPU's compiler
@@ -66,10 +66,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def kits(session: nox.Session) -> None:
-    """The conformance kit on every strategy and kernel of jax-ring at every number of devices; most of an hour."""
-    session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"), *TEST_TOOLS)
-    tests = ROOT / "plugins" / "lwm-jax-ring" / "tests" / "test_jax_kits.py"
-    session.run("pytest", str(tests), *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | {"LWM_KITS": "whole"})
+    """The conformance kit on every strategy and kernel of our attention at every number of devices; over an hour."""
+    backends = [ROOT / "plugins" / name for name in ("lwm-jax-ring", "lwm-torch-ring")]
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, *backends), *TEST_TOOLS)
+    tests = [str(test) for backend in backends for test in sorted((backend / "tests").glob("test_*_kits.py"))]
+    session.run("pytest", *tests, *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | {"LWM_KITS": "whole"})
 
 
 @nox.session

@@ -1,0 +1,23 @@
+"""What the registry reads: light, so that listing plugins costs nothing."""
+
+from lwm_core.registry import PluginSpec
+
+attention = PluginSpec(
+    name="torch-ring",
+    summary="Ring, all-gather, Ulysses and USP attention over the sp axis of a Torch device mesh",
+    factory="lwm_torch_ring.attention.backend:factory",
+    options="lwm_torch_ring.attention.options:AttentionOptions",
+    needs=("torch",),
+    framework="torch",
+    devices=("cpu", "gpu"),
+    capabilities={
+        "masks": ("causal", "full", "block_causal", "window"),
+        "segment_ids": True,
+        "gqa": True,
+        "dtypes": ("float32", "bfloat16"),
+        "strategies": ("ring", "allgather", "ulysses", "usp"),
+        "layouts": ("contiguous", "zigzag", "striped"),
+        "kernels": ("cpu-flash", "cuda-flash", "math"),
+    },
+    priority=10,
+)

@@ -1,0 +1,1 @@
+"""Attention over the ``sp`` axis of a device mesh."""

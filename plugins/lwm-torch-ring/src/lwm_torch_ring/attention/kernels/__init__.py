@@ -1,0 +1,1 @@
+"""What computes the blocks of attention, behind one contract."""
