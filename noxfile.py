@@ -31,12 +31,16 @@ ON_CPU = {
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
 BENCHMARKS = {
     "attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices",
+    "attention-cpu-torch": "torch-ring on 2 gloo ranks between scaled_dot_product_attention and ring-attention-pytorch",
     "attention-gpu": "kernels of jax-ring on one NVIDIA GPU: a ring of 8 played through against one whole call",
+    "attention-gpu-torch": "lwm-torch-ring on one NVIDIA GPU, in parts: rings, documents, a training step, a million",
     "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
 }
-ON_GPU = {"attention-gpu"}
+ON_GPU = {"attention-gpu", "attention-gpu-torch"}
 BESIDE_PEER = {"attention-cpu"}
 PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
+ON_TORCH = {"attention-cpu-torch", "attention-gpu-torch"}
+TORCH_PEER = ("ring-attention-pytorch==0.5.20", "einops==0.8.2", "beartype==0.23.1", "jaxtyping==0.3.11")
 MAX_CORE_WHEEL = 500_000  # bytes
 VENV_BIN = "Scripts" if sys.platform == "win32" else "bin"
 
@@ -159,9 +163,13 @@ def bench(session: nox.Session) -> None:
     if name not in BENCHMARKS:
         session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
     on_gpu = name in ON_GPU and not {"--smoke", "--help"} & set(options)
-    session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
-    if on_gpu:
-        session.install("-c", str(CONSTRAINTS), f"{ROOT / 'plugins' / 'lwm-jax-ring'}[cuda]")
+    if name in ON_TORCH:
+        beside = TORCH_PEER if name == "attention-cpu-torch" else ()
+        session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-torch-ring"), *beside)
+    else:
+        session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
+        if on_gpu:
+            session.install("-c", str(CONSTRAINTS), f"{ROOT / 'plugins' / 'lwm-jax-ring'}[cuda]")
     script = ROOT / "tests" / "bench" / f"{name.replace('-', '_')}.py"
     if name in BESIDE_PEER:
         options = ["--peer-python", peer_environment(session), *options]

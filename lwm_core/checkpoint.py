@@ -173,9 +173,13 @@ def prune(checkpoints: Path, keep: int) -> list[Path]:
     return gone
 
 
-def save_failed(folder: Path, error: BaseException) -> CheckpointError:
-    """The one line for a save that failed, a full disk said as such; removes what was written of it."""
+def discard(folder: Path) -> None:
+    """Remove what was written of a save that failed, as far as that is possible."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_failed(folder: Path, error: BaseException) -> CheckpointError:
+    """The one line for a save that failed, a full disk said as such."""
     before = next((path.name for path in step_folders(folder.parent) if (path / MANIFEST).exists()), None)
     kept = f"{before} before it is untouched" if before else "there is none before it"
     if disk_full(error):

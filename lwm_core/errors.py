@@ -67,5 +67,17 @@ class CheckpointError(LwmError):
     """A checkpoint is missing, incomplete, or does not match its manifest."""
 
 
+class EndedElsewhereError(LwmError):
+    """Another process of the same run has failed or was stopped, and that one says why: the command prints nothing.
+
+    Args:
+        exit_code: the code that the other process ends with, and this one too.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run has ended it, and says why")
+        self.exit_code = exit_code
+
+
 class TrainingError(LwmError):
     """Training cannot go on: the loss or a gradient is not finite."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from lwm_core.launched import launched_rank
 from lwm_core.protocols import Stage
 
 _SMOOTHING = 0.9  # of the step time that the time left is told from; the first step of a stage compiles
@@ -89,6 +90,13 @@ class QuietProgress:
         """Nothing to show."""
 
     def close(self) -> None:
+        """Nothing to show."""
+
+
+class SilentProgress(QuietProgress):
+    """Nothing at all: of several processes, rank 0 alone speaks."""
+
+    def note(self, line: str) -> None:
         """Nothing to show."""
 
 
@@ -177,7 +185,9 @@ class BarProgress:
 
 
 def make_progress(log_every: int, *, quiet: bool) -> Progress:
-    """The one that fits where standard error goes."""
+    """The one that fits where standard error goes; none of them for a process that follows another."""
+    if launched_rank():
+        return SilentProgress()
     if quiet:
         return QuietProgress()
     return BarProgress() if sys.stderr.isatty() else LineProgress(log_every)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lwm_core.protocols import DataSource, EvalSuite
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,32 +24,43 @@ def run_eval(args: argparse.Namespace) -> int:
     """Evaluate; finished samples of an earlier evaluation are kept by the suites themselves."""
     import json
 
-    from lwm_core.errors import UsageError
+    from lwm_core.errors import EndedElsewhereError, UsageError
     from lwm_core.progress import make_progress
     from lwm_core.run import open_run, reopen
     from lwm_core.run.evaluating import Evaluator
+    from lwm_core.run.processes import locked, together
     from lwm_core.run.stopping import StoppedError, signals_heard
 
     names = [table.name for table in open_run(args.folder)[1].config.evals]
     if not names:
         raise UsageError(f"{args.folder}: its configuration names no [[evals]]; there is nothing to run")
     opened = reopen(args.folder)
-    suites = opened.pipeline.make_suites()
-    if args.suite is not None:
-        if args.suite not in suites:
-            raise UsageError(f"{args.folder}: no suite {args.suite!r}; expected one of {', '.join(suites)}")
-        suites = {args.suite: suites[args.suite]}
+    processes = opened.trainer.processes
+
+    def parts() -> tuple[DataSource, dict[str, EvalSuite]]:
+        suites = opened.pipeline.make_suites()
+        if args.suite is not None:
+            if args.suite not in suites:
+                raise UsageError(f"{args.folder}: no suite {args.suite!r}; expected one of {', '.join(suites)}")
+            suites = {args.suite: suites[args.suite]}
+        return opened.pipeline.make_data(), suites
+
+    data, suites = together(processes, parts)
     progress = make_progress(1, quiet=args.quiet)
     try:
-        with opened.folder.locked(), signals_heard(progress.note) as stop:
+        with locked(processes, opened.folder), signals_heard(progress.note) as stop:
             evaluator = Evaluator(
-                opened.pipeline, opened.trainer, opened.pipeline.make_data(), suites, opened.folder, progress, stop
+                opened.pipeline, opened.trainer, data, suites, opened.folder, progress, stop
             )
             results = evaluator.run(opened.stage.name)
     except StoppedError as stopped:
+        if processes.rank > 0:
+            raise EndedElsewhereError(stopped.exit_code) from None
         raise StoppedError(stopped.signal_number, f"stopped; continue with: lwm eval {args.folder}") from None
     finally:
         progress.close()
+    if processes.rank > 0:
+        return 0
     if args.json:
         print(json.dumps({name: [dict(row) for row in rows] for name, rows in results.items()}))
         return 0

@@ -6,6 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lwm_core.run import Model, Reopened
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,16 +30,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """Load the model and write."""
+    """Load the model and write. Of several processes, rank 0 reads and prints, and the others answer along."""
+    from lwm_core.run import lead, reopen
+
+    _check(args)
+    opened = reopen(args.folder)
+    lead(opened.trainer, lambda model: _write(args, opened, model))
+    return 0
+
+
+def _write(args: argparse.Namespace, opened: Reopened, model: Model) -> None:
     import json
     import time
 
     from lwm_core.protocols import SamplingSpec
-    from lwm_core.run import reopen
 
-    _check(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    opened = reopen(args.folder)
     tokenizer = opened.pipeline.tokenizer
     sampling = SamplingSpec(
         max_new_tokens=args.max_new_tokens,
@@ -49,7 +59,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     def counted() -> Iterator[int]:
         nonlocal count
-        for one in opened.trainer.generator().stream(tokenizer.encode(prompt), sampling):
+        for one in model.generator().stream(tokenizer.encode(prompt), sampling):
             count += 1
             yield one
 
@@ -59,22 +69,12 @@ def run_generate(args: argparse.Namespace) -> int:
         pieces.append(piece)
         if not args.json:
             print(piece, end="", flush=True)
-    seconds = time.perf_counter() - began
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "prompt": prompt,
-                    "text": "".join(pieces),
-                    "tokens": count,
-                    "tokens_per_second": count / seconds,
-                    "source": str(opened.source),
-                }
-            )
-        )
-    else:
+    if not args.json:
         print()
-    return 0
+        return
+    seconds = time.perf_counter() - began
+    facts = {"prompt": prompt, "text": "".join(pieces), "tokens": count, "tokens_per_second": count / seconds}
+    print(json.dumps({**facts, "source": str(opened.source)}))
 
 
 def _check(args: argparse.Namespace) -> None:

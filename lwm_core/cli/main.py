@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import lwm_core
-from lwm_core.errors import LwmError
+from lwm_core.errors import EndedElsewhereError, LwmError
 
 VERBS = ("run", "resume", "evaluate", "generate", "report", "aot", "recipes", "config", "plugins", "doctor")
 """The modules beside this one, each with an ``add_parser``, in the order in which help shows them."""
@@ -66,11 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         function: Callable[[argparse.Namespace], int] = args.run
         _show_warnings_in_one_line()
         return function(args)
+    except EndedElsewhereError as error:
+        return error.exit_code  # the process that it began in has told why
     except LwmError as error:
         _tell(error, debug)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if _rank() in (None, "0"):
+            print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has closed it (lwm ... | head); nothing more can be said there.
@@ -93,9 +96,17 @@ def _stopped(error: BaseException) -> tuple[str, int] | None:
     return str(error) or "stopped", error.exit_code
 
 
+def _rank() -> str | None:
+    """The rank of this process as its launcher wrote it (see ``lwm_core.launched``); None where it has no siblings."""
+    world = os.environ.get("WORLD_SIZE")
+    return None if world in (None, "", "1") else os.environ.get("RANK") or None
+
+
 def _tell(error: LwmError, debug: bool) -> None:
+    rank = _rank()
+    prefix = f"rank {rank}: " if rank else ""
     for line in str(error).splitlines() or [type(error).__name__]:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"{prefix}error: {line}", file=sys.stderr)
     if debug:
         import traceback
 
@@ -112,7 +123,7 @@ def _show_warnings_in_one_line() -> None:
 
     def line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
         if category.__name__ == "PluginWarning":
-            return f"warning: {message}\n"
+            return f"warning: {message}\n" if _rank() in (None, "0") else ""
         return usual(message, category, *place, **more)
 
     warnings.formatwarning = line

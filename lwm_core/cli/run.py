@@ -49,7 +49,11 @@ def run_run(args: argparse.Namespace) -> int:
 
 
 def print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    """The last line: what is done and where it lies, the report's path last."""
+    """The last line: what is done and where it lies, the report's path last. Of several processes, rank 0 prints it."""
+    from lwm_core.launched import launched_rank
+
+    if launched_rank():
+        return
     if as_json:
         import json
 

@@ -108,11 +108,12 @@ class Pipeline:
             mesh=first.mesh, mix=first.mix,
         )  # fmt: skip
 
-    def check_stages(self, device_count: int | None) -> None:
+    def check_stages(self, device_count: int | None, hint: str | None = None) -> None:
         """Hold every stage's mesh, length and rows against the devices, before anything is trained or written.
 
         Args:
             device_count: devices that the trainer has; where it does not say, it refuses a mesh at the stage's start.
+            hint: how the trainer is given others, told with a mesh that does not fit.
 
         Raises:
             ConfigError: with a line for every stage that does not fit.
@@ -126,7 +127,8 @@ class Pipeline:
             try:
                 sizes = resolve_mesh(stage.mesh, device_count)
             except (LwmError, ValueError) as error:
-                problems.add((*path, "mesh"), f"stage {stage.name!r}: {error}")
+                more = f"; {hint}" if hint else ""
+                problems.add((*path, "mesh"), f"stage {stage.name!r}: {error}{more}")
                 continue
             try:
                 factory.layout(self.selection.attention.options, stage.seq_len, sizes["sp"])

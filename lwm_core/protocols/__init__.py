@@ -19,6 +19,7 @@ from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
 from lwm_core.protocols.encoder import VisionEncoder
 from lwm_core.protocols.evaluation import EvalContext, EvalSuite
 from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer
+from lwm_core.protocols.processes import ALONE, Processes, SoleProcess
 from lwm_core.protocols.schedule import ContextSchedule, Stage, StartModel
 from lwm_core.protocols.tokenizer import Tokenizer, TokenizerContext
 from lwm_core.protocols.trainer import Metrics, OptimizerSpec, SaveHandle, Trainer, TrainerContext, TrainerFactory
@@ -44,6 +45,9 @@ __all__ = [
     "DataSource",
     "OptimizerSpec",
     "TrainerContext",
+    "Processes",
+    "SoleProcess",
+    "ALONE",
     "SaveHandle",
     "Trainer",
     "TrainerFactory",

@@ -1,4 +1,7 @@
-"""Generation and scoring with what a trainer holds; token-in token-out, natural order."""
+"""Generation and scoring with what a trainer holds; token-in token-out, natural order.
+
+In a run of several processes each call is made on all of them in step, with the same arguments, and gives the same.
+"""
 
 from __future__ import annotations
 

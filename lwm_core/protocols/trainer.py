@@ -14,6 +14,7 @@ from lwm_core.layout import SequenceLayout
 from lwm_core.model import ModelConfig
 from lwm_core.protocols.attention import AttentionFactory
 from lwm_core.protocols.generation import Generator, Scorer
+from lwm_core.protocols.processes import Processes
 from lwm_core.protocols.schedule import Stage
 
 Metrics = dict[str, float]
@@ -43,19 +44,34 @@ class TrainerContext:
 
 
 class SaveHandle(Protocol):
-    """A save that may still be on its way to disk."""
+    """A save that may still be on its way to disk.
+
+    On rank 0, "everything" is what *every* rank writes: the core commits the checkpoint as soon as rank 0's handle is
+    done. On the other ranks it is their own files. No call needs another rank to be in a call of its own, so the ranks'
+    saves go on in the background by themselves.
+    """
 
     def done(self) -> bool:
-        """Whether everything is on disk."""
+        """Whether everything is on disk, or has failed; never waits."""
         ...
 
     def wait(self) -> None:
-        """Wait until it is; raises what went wrong."""
+        """Wait until it is; raises what went wrong, on rank 0 whichever rank it went wrong on."""
         ...
 
 
 class Trainer(Protocol):
-    """Parameters and optimizer on devices. Batches come in the layout's order, everything else in natural order."""
+    """Parameters and optimizer on devices. Batches come in the layout's order, everything else in natural order.
+
+    A trainer may run in several processes. Every one of them then makes the same calls in the same order, so whatever
+    touches parameters may be collective, and what comes back is the same on every rank. What one rank alone meets while
+    it is in a collective call ends that process; its siblings notice by their connection to it.
+    """
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that this trainer runs in, from its making on; ``ALONE`` for one that has no siblings."""
+        ...
 
     def begin_stage(self, stage: Stage) -> None:
         """Take up ``stage``: its mesh, length, RoPE, fresh optimizer moments; the parameters stay.
@@ -65,7 +81,10 @@ class Trainer(Protocol):
         ...
 
     def choices(self) -> Sequence[str]:
-        """What was left to the trainer in the current stage, and how it chose: lines that are shown once a stage."""
+        """What was left to the trainer in the current stage, and how it chose: lines that are shown once a stage.
+
+        Asked on rank 0 alone.
+        """
         ...
 
     @property
@@ -73,15 +92,17 @@ class Trainer(Protocol):
         """The layout that batches of the current stage must be permuted to."""
         ...
 
-    @property
-    def data_rank(self) -> tuple[int, int]:
-        """(rank, world) of the rows that this process feeds."""
+    def data_rank(self, stage: Stage) -> tuple[int, int]:
+        """(rank, world) of the rows that this process feeds in ``stage``, which need not have begun.
+
+        Processes that hold parts of the same rows (``sp``, ``tp``) have the same rank, and each feeds the whole rows.
+        """
         ...
 
     def step(self, batch: PackedBatch, step: int) -> Metrics:
         """One optimizer step, the stage's ``step`` from 0.
 
-        Returns at least ``loss``, ``grad_norm``, ``lr`` and ``loss_<modality>``.
+        Returns at least ``loss``, ``grad_norm``, ``lr`` and ``loss_<modality>``, of all ranks' rows together.
         """
         ...
 
@@ -90,7 +111,10 @@ class Trainer(Protocol):
         ...
 
     def save(self, folder: Path) -> SaveHandle:
-        """Start writing parameters and optimizer into the empty ``folder``."""
+        """Start writing parameters and optimizer into ``folder``, which is empty; each rank writes its own files.
+
+        A rank that cannot write its part still takes part in whatever the others do together here, and then raises.
+        """
         ...
 
     def restore(self, folder: Path) -> None:
@@ -98,7 +122,7 @@ class Trainer(Protocol):
         ...
 
     def iter_parameters(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """(canonical name, one unstacked array), one at a time."""
+        """(canonical name, one unstacked array), one at a time; in the same order on every rank."""
         ...
 
     def load_parameters(self, parameters: Mapping[str, NDArray[Any]]) -> None:

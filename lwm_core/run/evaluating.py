@@ -13,6 +13,7 @@ from lwm_core.pipeline import Pipeline
 from lwm_core.progress import Progress
 from lwm_core.protocols import DataSource, EvalContext, EvalSuite, SamplingSpec, Stage, Tokenizer, Trainer
 from lwm_core.run.folder import RunFolder
+from lwm_core.run.leading import Model, lead
 from lwm_core.run.stopping import Stop
 from lwm_core.weights import write_model_folder
 
@@ -35,22 +36,28 @@ class Evaluator:
     def run(self, stage: str) -> dict[str, list[Mapping[str, Any]]]:
         """Evaluate the parameters and RoPE that the trainer has, as ``stage``; the summary rows of each suite.
 
+        The suites run on rank 0, and the other ranks answer along; there are no rows there.
+
         Raises:
             StoppedError: an end was asked for; finished samples are kept.
         """
         if not self._suites:
             return {}
-        self._folder.evals.mkdir(exist_ok=True)
-        return {name: self._suite(name, suite, stage) for name, suite in self._suites.items()}
 
-    def _suite(self, name: str, suite: EvalSuite, stage: str) -> list[Mapping[str, Any]]:
+        def work(model: Model) -> dict[str, list[Mapping[str, Any]]]:
+            self._folder.evals.mkdir(exist_ok=True)
+            return {name: self._suite(name, suite, stage, model) for name, suite in self._suites.items()}
+
+        return lead(self._trainer, work, self._stop) or {}
+
+    def _suite(self, name: str, suite: EvalSuite, stage: str, model: Model) -> list[Mapping[str, Any]]:
         def progress(done: int, total: int) -> None:
             self._progress.evaluating(f"{name} after {stage}", done, total)
             self._stop.check()
 
         context = EvalContext(
-            generator=self._trainer.generator(),
-            scorer=self._trainer.scorer(),
+            generator=model.generator(),
+            scorer=model.scorer(),
             tokenizer=self._pipeline.tokenizer,
             stage=stage,
             stages=self._pipeline.stages,
@@ -74,11 +81,11 @@ def _shown(value: object) -> str:
 
 
 def write_samples(
-    path: Path, trainer: Trainer, tokenizer: Tokenizer, table: SampleTable, stage: str, seed: int
+    path: Path, model: Model, tokenizer: Tokenizer, table: SampleTable, stage: str, seed: int
 ) -> list[dict[str, Any]]:
     """Continue each prompt and write ``[{stage, prompt, text, tokens_per_second}]``."""
     rows = []
-    generator = trainer.generator()
+    generator = model.generator()
     for number, prompt in enumerate(table.prompts):
         sampling = SamplingSpec(
             max_new_tokens=table.max_new_tokens,
@@ -96,7 +103,7 @@ def write_samples(
     return rows
 
 
-def export_model(folder: Path, pipeline: Pipeline, trainer: Trainer, stage: Stage) -> None:
-    """Write the trainer's parameters as a model folder, in float32 so that nothing is lost, with the tokenizer."""
-    write_model_folder(folder, pipeline.model, stage.rope, stage.seq_len, trainer.iter_parameters(), "float32")
+def export_model(folder: Path, pipeline: Pipeline, model: Model, stage: Stage) -> None:
+    """Write the parameters as a model folder, in float32 so that nothing is lost, with the tokenizer."""
+    write_model_folder(folder, pipeline.model, stage.rope, stage.seq_len, model.iter_parameters(), "float32")
     pipeline.tokenizer.save(folder)

@@ -21,7 +21,7 @@ from lwm_core.registry import Candidate
 
 
 def describe_run(
-    pipeline: Pipeline, trainer: Mapping[str, Any], hooks: Sequence[Candidate], command: Sequence[str]
+    pipeline: Pipeline, trainer: Mapping[str, Any], hooks: Sequence[Candidate], command: Sequence[str], processes: int
 ) -> dict[str, Any]:
     """The contents of a new run's ``run.json``."""
     config = pipeline.loaded.config
@@ -54,6 +54,7 @@ def describe_run(
         ],
         "versions": _versions(pipeline),
         "machine": machine(),
+        "processes": processes,
         "trainer": dict(trainer),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lwm_core.checkpoint import TRAINER, latest_good, read_state
 from lwm_core.errors import CheckpointError
@@ -11,6 +12,7 @@ from lwm_core.pipeline import Pipeline, build
 from lwm_core.protocols import Stage, Trainer
 from lwm_core.registry import Registry
 from lwm_core.run.folder import RunFolder, open_run
+from lwm_core.run.processes import first, make_trainer
 from lwm_core.weights import CONFIG_FILE, read_model_folder
 
 
@@ -34,7 +36,7 @@ class Reopened:
 
 
 def reopen(path: Path, *, no_plugins: bool = False) -> Reopened:
-    """The run's final model; while it has none, its newest good checkpoint.
+    """The run's final model; while it has none, its newest good checkpoint. Several processes reopen it together.
 
     Raises:
         UsageError: it is no run.
@@ -44,20 +46,24 @@ def reopen(path: Path, *, no_plugins: bool = False) -> Reopened:
     config = loaded.config
     registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
     pipeline = build(loaded, registry, base_dir=Path(described.get("base_dir", ".")))
-    if (folder.model / CONFIG_FILE).is_file():
-        model = read_model_folder(folder.model)
-        trainer = pipeline.make_trainer()
-        stage = pipeline.stages[-1]
-        trainer.begin_stage(stage)
-        trainer.load_parameters(model.parameters)
+    trainer = make_trainer(pipeline)
+    name, index = first(trainer.processes, lambda: _source(folder, len(pipeline.stages)))
+    stage = pipeline.stages[index]
+    trainer.begin_stage(stage)
+    if name is None:
+        trainer.load_parameters(read_model_folder(folder.model).parameters)
         return Reopened(folder, pipeline, trainer, stage, folder.model)
+    source = folder.checkpoints / name
+    trainer.restore(source / TRAINER)
+    return Reopened(folder, pipeline, trainer, stage, source)
+
+
+def _source(folder: RunFolder, stages: int) -> list[Any]:
+    """Name of the checkpoint to read, None for the final model, and the index of its stage."""
+    if (folder.model / CONFIG_FILE).is_file():
+        return [None, stages - 1]
     found = latest_good(folder.checkpoints)
     if found.path is None:
         refused = "".join(f"; {one.name}: {reason}" for one, reason in found.refused)
-        raise CheckpointError(f"{path} has neither a final model nor a good checkpoint yet{refused}")
-    state = read_state(found.path)
-    trainer = pipeline.make_trainer()
-    stage = pipeline.stages[state.stage_index]
-    trainer.begin_stage(stage)
-    trainer.restore(found.path / TRAINER)
-    return Reopened(folder, pipeline, trainer, stage, found.path)
+        raise CheckpointError(f"{folder.path} has neither a final model nor a good checkpoint yet{refused}")
+    return [found.path.name, read_state(found.path).stage_index]

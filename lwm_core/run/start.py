@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lwm_core import metrics
 from lwm_core.checkpoint import Found, RunState, disk_full, latest_good, read_state
 from lwm_core.config.load import LoadedConfig
-from lwm_core.errors import CheckpointError, LwmError
+from lwm_core.errors import CheckpointError, EndedElsewhereError, LwmError
+from lwm_core.launched import launched_world
 from lwm_core.pipeline import Pipeline, build
 from lwm_core.pipeline.build import trainer_facts
-from lwm_core.progress import Progress, QuietProgress
-from lwm_core.protocols import EvalSuite, Feed, Trainer
+from lwm_core.progress import Progress, make_progress
+from lwm_core.protocols import EvalSuite, Feed, Processes, Trainer
 from lwm_core.registry import Candidate, HookManager, Registry, load_hooks
 from lwm_core.run.evaluating import Evaluator, export_model, write_samples
 from lwm_core.run.facts import describe_run
 from lwm_core.run.folder import DONE, FAILED, RUNNING, STOPPED, Run, RunFolder, open_run
+from lwm_core.run.leading import Model, lead
 from lwm_core.run.loop import Loop, open_feeds
+from lwm_core.run.processes import first, heed, locked, make_trainer, together
 from lwm_core.run.stopping import StoppedError, signals_heard
 
 
@@ -58,6 +62,11 @@ class _Parts:
     evaluator_data: Any
     hooks: HookManager
 
+    @property
+    def processes(self) -> Processes:
+        """The processes that the run has."""
+        return self.trainer.processes
+
 
 def run(
     loaded: LoadedConfig,
@@ -71,24 +80,31 @@ def run(
 ) -> Outcome:
     """Run a configuration from its beginning in the folder ``out`` (default: ``run.out``, or ``runs/NAME``).
 
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. Where several processes run it, all of them call this.
 
     Raises:
         UsageError: the folder is in use or not empty.
         LwmError: as its kind says.
         StoppedError: a signal asked for an end; the run is saved.
+        EndedElsewhereError: another process of the run failed or was stopped, and says why.
     """
     config = loaded.config
     folder = RunFolder(out or Path(config.run.out or f"runs/{config.name}"))
-    folder.refuse_if_used()
-    progress = progress or QuietProgress()
+    if launched_world() == 1:  # of several, rank 0 looks once they know each other and all can hear of it
+        folder.refuse_if_used()
+    progress = progress or make_progress(config.run.log_every, quiet=True)
     if registry is None:
         registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
     parts = _make(loaded, registry, base_dir, progress)
-    described = describe_run(parts.pipeline, parts.facts, _hook_candidates(registry, parts.hooks), command)
-    with folder.locked():
+    candidates = _hook_candidates(registry, parts.hooks)
+
+    def begin() -> None:
         folder.refuse_if_used()
-        folder.write(described)
+        folder.write(describe_run(parts.pipeline, parts.facts, candidates, command, parts.processes.world))
+
+    first(parts.processes, folder.refuse_if_used)
+    with locked(parts.processes, folder):
+        first(parts.processes, begin)
         return _execute(parts, folder, None, None, progress)
 
 
@@ -101,36 +117,53 @@ def resume(path: Path, *, no_plugins: bool = False, progress: Progress | None = 
         LwmError, StoppedError: as :func:`run`.
     """
     folder, loaded, described = open_run(path)
-    progress = progress or QuietProgress()
-    with folder.locked():
-        if described.get("status") == DONE:
-            rows = metrics.read_metrics(folder.metrics)
-            report = described.get("report")
-            return Outcome(
-                path, DONE, len(rows), rows[-1]["loss"] if rows else None, Path(report) if report else None, True
-            )  # fmt: skip
-        found = latest_good(folder.checkpoints)
-        _tell_refused(found, progress)
-        state = None
-        if found.path is not None:
-            state = read_state(found.path)
-            progress.note(f"continuing {path} from {found.path.name} (stage {state.stage!r}, step {state.stage_step})")
-        elif found.refused:
-            raise CheckpointError(
-                f"{path}: none of its checkpoints is good; move {folder.checkpoints} away to start the run over"
-            )
-        else:
-            progress.note(f"{path} has no checkpoint yet; starting it over")
+    progress = progress or make_progress(loaded.config.run.log_every, quiet=True)
+    if described.get("status") == DONE:
+        rows = metrics.read_metrics(folder.metrics)
+        report = described.get("report")
+        loss = rows[-1]["loss"] if rows else None
+        return Outcome(path, DONE, len(rows), loss, Path(report) if report else None, already=True)
+    with ExitStack() as stack:
+        if launched_world() == 1:
+            stack.enter_context(folder.locked())  # before anything is made: devices may serve one process alone
         config = loaded.config
         registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
         parts = _make(loaded, registry, Path(described.get("base_dir", ".")), progress)
-        _check_same(parts.pipeline, described, path)
-        lines = metrics.cut_after(folder.metrics, state.step if state else 0)
-        if state is not None and lines < state.step:
-            lost = state.step - lines
-            progress.note(f"warning: {folder.metrics}: {lost} of the {state.step} steps that are done are lost in it")
-        folder.update(status=RUNNING)
-        return _execute(parts, folder, state, found.path, progress)
+        processes = parts.processes
+        if launched_world() > 1:
+            stack.enter_context(locked(processes, folder))
+        state, name = None, None
+        standing = first(processes, lambda: _standing(folder, described, parts, progress))
+        if standing is not None:
+            name, values = standing
+            state = RunState(**values)
+        return _execute(parts, folder, state, None if name is None else folder.checkpoints / name, progress)
+
+
+def _standing(
+    folder: RunFolder, described: dict[str, Any], parts: _Parts, progress: Progress
+) -> tuple[str, dict[str, Any]] | None:
+    """Find where the run stands and take it up there: name and state of the checkpoint, None for the beginning."""
+    path = folder.path
+    found = latest_good(folder.checkpoints)
+    _tell_refused(found, progress)
+    state = None
+    if found.path is not None:
+        state = read_state(found.path)
+        progress.note(f"continuing {path} from {found.path.name} (stage {state.stage!r}, step {state.stage_step})")
+    elif found.refused:
+        raise CheckpointError(
+            f"{path}: none of its checkpoints is good; move {folder.checkpoints} away to start the run over"
+        )
+    else:
+        progress.note(f"{path} has no checkpoint yet; starting it over")
+    _check_same(parts.pipeline, described, path)
+    lines = metrics.cut_after(folder.metrics, state.step if state else 0)
+    if state is not None and lines < state.step:
+        lost = state.step - lines
+        progress.note(f"warning: {folder.metrics}: {lost} of the {state.step} steps that are done are lost in it")
+    folder.update(status=RUNNING, processes=parts.processes.world)
+    return None if found.path is None or state is None else (found.path.name, asdict(state))
 
 
 def _make(loaded: LoadedConfig, registry: Registry, base_dir: Path, progress: Progress) -> _Parts:
@@ -140,21 +173,26 @@ def _make(loaded: LoadedConfig, registry: Registry, base_dir: Path, progress: Pr
     for one in pipeline.selection.plugged:
         if one.asked == "auto":
             progress.note(f"auto: {one.choice.explain()}")
-    trainer = pipeline.make_trainer()
-    facts, devices, peak = trainer_facts(trainer)
-    pipeline.check_stages(devices)
-    data = pipeline.make_data()
-    suites = pipeline.make_suites()
-    feeds = open_feeds(data, pipeline.stages)
-    hooks.configure(loaded.config)
-    return _Parts(pipeline, trainer, dict(facts), peak, feeds, suites, data, hooks)
+    trainer = make_trainer(pipeline)
+
+    def rest() -> _Parts:
+        facts, devices, peak = trainer_facts(trainer)
+        pipeline.check_stages(devices, facts.get("device_hint"))
+        data = pipeline.make_data()
+        suites = pipeline.make_suites()
+        feeds = open_feeds(data, trainer, pipeline.stages)
+        if trainer.processes.rank == 0:
+            hooks.configure(loaded.config)
+        return _Parts(pipeline, trainer, dict(facts), peak, feeds, suites, data, hooks)
+
+    return together(trainer.processes, rest)
 
 
 def _execute(
     parts: _Parts, folder: RunFolder, state: RunState | None, checkpoint: Path | None, progress: Progress
 ) -> Outcome:
     """The run itself with everything around it: signals, hooks told, the end written down."""
-    pipeline, hooks = parts.pipeline, parts.hooks
+    pipeline, hooks, processes = parts.pipeline, parts.hooks, parts.processes
     run = Run(folder.path, pipeline.loaded.config.name, pipeline.loaded.config, pipeline.stages)
     status = FAILED
     began = time.time()
@@ -166,18 +204,17 @@ def _execute(
             loop = Loop(
                 pipeline, parts.trainer, parts.feeds, folder, run, hooks, evaluator, progress, stop, parts.peak_flops
             )
-            hooks.hook.lwm_run_start(run=run)
+            together(processes, lambda: None if processes.rank else hooks.hook.lwm_run_start(run=run))
             loop.execute(state, checkpoint)
-            stop.check()
-            _finish(pipeline, parts.trainer, folder)
+            heed(processes, stop)
+            lead(parts.trainer, lambda model: _finish(pipeline, model, folder))
         status = DONE
-        folder.update(status=DONE, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=time.time() - began)
-        report = hooks.hook.lwm_report(run=run)
-        folder.update(report=None if report is None else str(report))
-        rows = metrics.read_metrics(folder.metrics)
-        return Outcome(folder.path, DONE, loop.step or len(rows), rows[-1]["loss"] if rows else None, report)
+        steps, loss, report = first(processes, lambda: _end(folder, hooks, run, time.time() - began))
+        return Outcome(folder.path, DONE, loop.step or steps, loss, None if report is None else Path(report))
     except StoppedError as stopped:
         status = STOPPED
+        if processes.rank > 0:
+            raise EndedElsewhereError(stopped.exit_code) from None
         line = f"stopped; continue with: lwm resume {folder.path}"
         raise StoppedError(stopped.signal_number, line) from None
     except OSError as error:
@@ -187,19 +224,30 @@ def _execute(
             ) from error
         raise
     finally:
-        if status != DONE:
-            _note_status(folder, status)
-        hooks.hook.lwm_run_end(run=run, status=status)
+        if processes.rank == 0:
+            if status != DONE:
+                _note_status(folder, status)
+            hooks.hook.lwm_run_end(run=run, status=status)
         progress.close()
 
 
-def _finish(pipeline: Pipeline, trainer: Trainer, folder: RunFolder) -> None:
+def _finish(pipeline: Pipeline, model: Model, folder: RunFolder) -> None:
+    """Write the samples and the trained model."""
     config = pipeline.loaded.config
     last = pipeline.stages[-1]
     if config.samples.prompts:
         path = folder.samples / "text.json"
-        write_samples(path, trainer, pipeline.tokenizer, config.samples, last.name, config.seed)
-    export_model(folder.model, pipeline, trainer, last)
+        write_samples(path, model, pipeline.tokenizer, config.samples, last.name, config.seed)
+    export_model(folder.model, pipeline, model, last)
+
+
+def _end(folder: RunFolder, hooks: HookManager, run: Run, seconds: float) -> tuple[int, float | None, str | None]:
+    """Write down that the run is done and have its report made: steps, last loss, and where the report lies."""
+    folder.update(status=DONE, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), seconds=seconds)
+    report = hooks.hook.lwm_report(run=run)
+    folder.update(report=None if report is None else str(report))
+    rows = metrics.read_metrics(folder.metrics)
+    return len(rows), rows[-1]["loss"] if rows else None, None if report is None else str(report)
 
 
 def _note_status(folder: RunFolder, status: str) -> None:

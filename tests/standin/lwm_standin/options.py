@@ -19,6 +19,7 @@ class TrainerOptions(_Options):
     save_seconds: float = Field(0.0, ge=0, description="time until a save has reached the disk")
     nan_at: int | None = Field(None, description="the optimizer step whose loss is not a number")
     full_at: int | None = Field(None, description="the save, from 1, that finds the disk full")
+    full_rank: int = Field(0, ge=0, description="the rank that finds it full")
     peak_flops: float | None = Field(None, description="peak of all devices, FLOP/s")
 
 

@@ -2,13 +2,18 @@
 
 Its parameters stand under the canonical names of the whole Llama, so that exports are real model folders; only the
 embedding and the head are trained. Shapes: B rows, S tokens, V vocabulary, E hidden size.
+
+In several processes each feeds its rows, all compute the whole step from everyone's, so every bit is as in one process;
+each writes its share of the state.
 """
 
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +24,39 @@ from lwm_core.errors import CheckpointError
 from lwm_core.layout import SequenceLayout
 from lwm_core.mesh import resolve_mesh
 from lwm_core.model import canonical_shapes
-from lwm_core.protocols import SamplingSpec, Stage, TrainerContext
+from lwm_core.protocols import Processes, SamplingSpec, Stage, TrainerContext
 from lwm_standin.options import TrainerOptions
+from lwm_standin.processes import Siblings, join
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MOMENTUM = 0.9
 
 
 class _Save:
-    """A save that reaches the disk after a while."""
+    """A save that reaches the disk after a while: each rank's file gets its name only then."""
 
-    def __init__(self, seconds: float) -> None:
-        self._ready = time.monotonic() + seconds
+    def __init__(self, folder: Path, processes: Processes, seconds: float) -> None:
+        rank, world = processes.rank, processes.world
+        self._own = folder / f"state_{rank}.npz"
+        awaited = range(world) if rank == 0 else (rank,)
+        self._awaited = [folder / f"state_{one}.npz" for one in awaited]
+        self._thread = threading.Timer(seconds, self._own.with_suffix(".partial").rename, [self._own])
+        self._thread.daemon = True
+        self._thread.start()
 
     def done(self) -> bool:
-        return time.monotonic() >= self._ready
+        return all(path.exists() for path in self._awaited)
 
     def wait(self) -> None:
-        time.sleep(max(0.0, self._ready - time.monotonic()))
+        while not self.done():
+            time.sleep(0.002)
 
 
 class StandinTrainer:
     """See the module."""
 
     def __init__(self, options: TrainerOptions, context: TrainerContext) -> None:
+        self.processes = join()
         self._options = options
         self._context = context
         self._names = (EMBED, EMBED if context.model.tie_embeddings else HEAD)
@@ -70,14 +84,16 @@ class StandinTrainer:
         options = self._context.attention_options
         return self._context.attention.layout(options, self._stage.seq_len, self._sizes["sp"])
 
-    @property
-    def data_rank(self) -> tuple[int, int]:
-        return 0, 1
+    def data_rank(self, stage: Stage) -> tuple[int, int]:
+        """As many data ranks as processes, or one, where the rows do not divide: then all feed the same."""
+        world = self.processes.world
+        return (self.processes.rank, world) if stage.rows % world == 0 else (0, 1)
 
     def step(self, batch: PackedBatch, step: int) -> dict[str, float]:
         assert self._stage is not None
         time.sleep(self._options.step_seconds)
         self._steps += 1
+        batch = self._whole(batch)
         loss, gradients = self._loss(batch)
         norm = float(np.sqrt(sum(float(np.sum(g.astype(np.float64) ** 2)) for g in gradients.values())))
         lr = self._stage.lr_at(step)
@@ -87,6 +103,14 @@ class StandinTrainer:
         if self._options.nan_at == self._steps:
             loss = float("nan")
         return {"loss": loss, "loss_text": loss, "grad_norm": norm, "lr": lr}
+
+    def _whole(self, batch: PackedBatch) -> PackedBatch:
+        """Every process's rows, in the order of ranks."""
+        assert self._stage is not None
+        if self.data_rank(self._stage) == (0, 1) or not isinstance(self.processes, Siblings):
+            return batch
+        parts = self.processes.gather("rows", batch)
+        return PackedBatch(**{f.name: np.concatenate([getattr(one, f.name) for one in parts]) for f in fields(batch)})
 
     def _loss(self, batch: PackedBatch) -> tuple[float, dict[str, Any]]:
         embed, head = (self._parameters[name] for name in self._names)
@@ -103,28 +127,37 @@ class StandinTrainer:
         return loss, gradients
 
     def evaluate(self, batch: PackedBatch) -> dict[str, float]:
-        loss = self._loss(batch)[0]
+        loss = self._loss(self._whole(batch))[0]
         return {"loss": loss, "loss_text": loss}
 
     def save(self, folder: Path) -> _Save:
         self._saves += 1
-        assert not any(folder.iterdir()), "the core must give an empty folder"
+        rank, world = self.processes.rank, self.processes.world
+        assert world > 1 or not any(folder.iterdir()), "the core must give an empty folder"
         arrays = {f"p:{name}": value for name, value in self._parameters.items()}
         arrays |= {f"m:{name}": value for name, value in self._momentum.items()}
-        if self._options.full_at == self._saves:
+        if self._options.full_at == self._saves and self._options.full_rank == rank:
             (folder / "half.npz").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        np.savez(folder / "state.npz", steps=np.int64(self._steps), **arrays)
-        return _Save(self._options.save_seconds)
+        mine = {key: value for number, (key, value) in enumerate(sorted(arrays.items())) if number % world == rank}
+        with (folder / f"state_{rank}.partial").open("wb") as file:
+            np.savez(file, steps=np.int64(self._steps), **mine)
+        return _Save(folder, self.processes, self._options.save_seconds)
 
     def restore(self, folder: Path) -> None:
-        with np.load(folder / "state.npz", allow_pickle=False) as state:
-            self._steps = int(state["steps"])
-            self._parameters = {key[2:]: state[key] for key in state if key.startswith("p:")}
-            self._momentum = {key[2:]: state[key] for key in state if key.startswith("m:")}
+        """Whatever number of processes has saved it."""
+        state: dict[str, Any] = {}
+        for path in sorted(folder.glob("state_*.npz")):
+            with np.load(path, allow_pickle=False) as part:
+                state |= dict(part)
+        self._steps = int(state["steps"])
+        self._parameters = {name: state[f"p:{name}"] for name in self._parameters}
+        self._momentum = {name: state[f"m:{name}"] for name in self._momentum}
 
     def iter_parameters(self) -> Iterator[tuple[str, Any]]:
-        yield from self._parameters.items()
+        for name, value in self._parameters.items():
+            _in_step(self.processes, name)
+            yield name, value
 
     def load_parameters(self, parameters: Mapping[str, Any]) -> None:
         for name, shape in canonical_shapes(self._context.model).items():
@@ -133,7 +166,7 @@ class StandinTrainer:
             self._parameters[name] = np.array(parameters[name], dtype=np.float32)
 
     def generator(self) -> _Writer:
-        return _Writer(*(self._parameters[name] for name in self._names))
+        return _Writer(self.processes, *(self._parameters[name] for name in self._names))
 
     def scorer(self) -> _Writer:
         return self.generator()
@@ -145,7 +178,8 @@ class StandinTrainer:
 class _Writer:
     """Generation and scores from the two tables."""
 
-    def __init__(self, embed: Any, head: Any) -> None:
+    def __init__(self, processes: Processes, embed: Any, head: Any) -> None:
+        self._processes = processes
         self._embed, self._head = embed, head
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> list[list[int]]:
@@ -155,6 +189,7 @@ class _Writer:
         random = np.random.default_rng(sampling.seed)
         last = prompt[-1]
         for _ in range(sampling.max_new_tokens):
+            _in_step(self._processes, "token")
             logits = self._head @ self._embed[last]
             if sampling.temperature == 0:
                 last = int(np.argmax(logits))
@@ -166,9 +201,16 @@ class _Writer:
             yield last
 
     def log_likelihood(self, tokens: Sequence[int]) -> Any:
+        _in_step(self._processes, "score")
         ids = np.asarray(tokens)
         p = _softmax(self._embed[ids[:-1]] @ self._head.T)
         return np.log(p[np.arange(len(ids) - 1), ids[1:]])
+
+
+def _in_step(processes: Processes, what: str) -> None:
+    """Where a real model's processes would exchange something: none goes on before all are here."""
+    if isinstance(processes, Siblings):
+        processes.gather(what, None)
 
 
 def _softmax(logits: Any) -> Any:

@@ -21,3 +21,14 @@ attention = PluginSpec(
     },
     priority=10,
 )
+
+trainer = PluginSpec(
+    name="torch",
+    summary="Trains and generates with Torch, a process a device, on a dp, fsdp, tp, sp mesh",
+    factory="lwm_torch_ring.train.trainer:build_trainer",
+    options="lwm_torch_ring.train.options:TrainerOptions",
+    needs=("torch",),
+    framework="torch",
+    devices=("cpu", "gpu"),
+    priority=5,
+)

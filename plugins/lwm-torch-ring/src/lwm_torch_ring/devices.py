@@ -48,17 +48,22 @@ HOST_BANDWIDTH = 8e9
 
 
 def _measured_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of a float32 matrix product with this process's threads; of several ranks, the slowest's."""
+    """FLOP/s of a float32 matrix product with this process's threads."""
     x = torch.ones(size, size)
     best = float("inf")
     for _ in range(repeats + 1):
         start = time.perf_counter()
         x @ x
         best = min(best, time.perf_counter() - start)
-    flops = torch.tensor(2.0 * size**3 / best, dtype=torch.float64)
-    if dist.is_initialized():  # ranks that measured apart would choose apart
-        dist.all_reduce(flops, dist.ReduceOp.MIN)
-    return float(flops)
+    return 2.0 * size**3 / best
+
+
+def _slowest(flops: float) -> float:
+    """Of all ranks' FLOP/s: ranks that measured apart would choose apart."""
+    told = torch.tensor(flops, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+    return float(told)
 
 
 def device_rates(device: torch.device) -> DeviceRates:
@@ -69,7 +74,7 @@ def device_rates(device: torch.device) -> DeviceRates:
     """
     if device.type == "cpu":
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return DeviceRates(_measured_cpu_flops(), HOST_BANDWIDTH / ranks, None)
+        return DeviceRates(_slowest(_measured_cpu_flops()), HOST_BANDWIDTH / ranks, None)
     name = torch.cuda.get_device_name(device)
     known = [rates for start, rates in DEVICES.items() if name == start or name.startswith((f"{start} ", f"{start}-"))]
     if not known:
@@ -78,3 +83,15 @@ def device_rates(device: torch.device) -> DeviceRates:
             "set strategy to ring, usp, ulysses or allgather"
         )
     return known[-1]
+
+
+def peak_flops(device: torch.device, ranks: int, of_one_device: float | None) -> float | None:
+    """Peak FLOP/s of all ranks together, by this one; None where the GPU is unknown and nothing was given."""
+    if of_one_device is not None:
+        return of_one_device * ranks
+    if device.type == "cpu":
+        return _measured_cpu_flops() * ranks
+    try:
+        return device_rates(device).peak_flops * ranks
+    except UnsupportedError:
+        return None

@@ -98,15 +98,22 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write the run's model."""
-    from lwm_core.run import reopen
+    """Write the run's model; of several processes, the first does."""
+    from lwm_core.launched import launched_world
+    from lwm_core.run import Model, lead, reopen
     from lwm_core.weights import write_model_folder
 
-    _check_new(args.folder)
+    if launched_world() == 1:  # of several, the first looks when all can hear of it
+        _check_new(args.folder)
     opened = reopen(args.source)
-    model, stage = opened.pipeline.model, opened.stage
-    with _whole_or_nothing(args.folder):
-        write_model_folder(args.folder, model, stage.rope, stage.seq_len, opened.trainer.iter_parameters(), args.dtype)
-    opened.pipeline.tokenizer.save(args.folder)
-    print(f"{args.folder}: {model.parameter_count:,} parameters of {opened.source}, {args.dtype}")
+    config, stage = opened.pipeline.model, opened.stage
+
+    def write(model: Model) -> None:
+        _check_new(args.folder)
+        with _whole_or_nothing(args.folder):
+            write_model_folder(args.folder, config, stage.rope, stage.seq_len, model.iter_parameters(), args.dtype)
+            opened.pipeline.tokenizer.save(args.folder)
+        print(f"{args.folder}: {config.parameter_count:,} parameters of {opened.source}, {args.dtype}")
+
+    lead(opened.trainer, write)
     return 0

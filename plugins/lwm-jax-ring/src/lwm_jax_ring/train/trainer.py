@@ -19,9 +19,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from lwm_core.batch import PackedBatch
-from lwm_core.errors import LwmError, ShapeError
+from lwm_core.errors import LwmError, ShapeError, UnsupportedError
 from lwm_core.layout import SequenceLayout
-from lwm_core.protocols import CompiledStep, Metrics, Stage, TrainerContext
+from lwm_core.protocols import ALONE, CompiledStep, Metrics, Processes, Stage, TrainerContext
 from lwm_jax_ring.devices import ensure_devices, peak_flops
 from lwm_jax_ring.model.names import iter_canonical, stack_canonical
 from lwm_jax_ring.model.network import Network
@@ -68,7 +68,13 @@ class JaxTrainer:
 
         Raises:
             ShapeError: the mesh does not fit the devices, or the rows do not divide over dp × fsdp.
+            UnsupportedError: JAX runs in several processes.
         """
+        if jax.process_count() > 1:
+            raise UnsupportedError(
+                f"trainer 'jax': JAX runs as process {jax.process_index()} of {jax.process_count()}; this version "
+                "trains in one process with all its devices"
+            )
         begun = stage_program(self.network, self.options, self.context, stage, jax.devices())
         if self._stage is not None and begun.mesh != self._stage.mesh:
             self.__dict__.pop("_generator", None)  # its programs are compiled for the old mesh
@@ -96,9 +102,13 @@ class JaxTrainer:
         return layout
 
     @property
-    def data_rank(self) -> tuple[int, int]:
+    def processes(self) -> Processes:
+        """None but this one."""
+        return ALONE
+
+    def data_rank(self, stage: Stage) -> tuple[int, int]:
         """This process feeds every row; JAX deals them to the devices."""
-        return jax.process_index(), jax.process_count()
+        return 0, 1
 
     # -- steps ---------------------------------------------------------------------------------------------------
 

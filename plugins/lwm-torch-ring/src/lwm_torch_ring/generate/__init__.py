@@ -1,0 +1,1 @@
+"""Generation with a KV cache, on the trainer's own mesh."""

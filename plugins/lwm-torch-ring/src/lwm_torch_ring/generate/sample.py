@@ -1,0 +1,42 @@
+"""Drawing a token from logits.
+
+Shapes: B rows, V ids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lwm_core.protocols import SamplingSpec
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: SamplingSpec) -> Tensor:
+    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k and top-p.
+
+    Top-k comes first; top-p then keeps the smallest set of likeliest ids whose probability, at the given temperature,
+    reaches it (arXiv 1904.09751). The likeliest id is always kept.
+
+    Args:
+        uniform: ``[B]`` from [0, 1): the draw, by which the inverse of the distribution function gives the id.
+
+    Returns:
+        ``[B]`` int64.
+    """
+    if sampling.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits.double() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered = logits.sort(dim=-1, descending=True).values
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        kept = (before < sampling.top_p).sum(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
+    reached = logits.softmax(dim=-1).cumsum(dim=-1)
+    drawn = torch.searchsorted(reached, (uniform.to(reached) * reached[:, -1])[:, None], right=True)[:, 0]
+    # A draw at the very top of the sum must not fall on an id beyond the last that is possible.
+    last = logits.shape[-1] - 1 - (logits > -torch.inf).flip(-1).int().argmax(dim=-1)
+    return torch.minimum(drawn, last)

@@ -1,0 +1,1 @@
+"""The Llama that every trainer builds, in torch: the network under canonical names, its loss, its sharding."""

@@ -1,0 +1,1 @@
+"""The trainer ``torch``: optimizer steps on a mesh of processes, evaluation, checkpoints."""

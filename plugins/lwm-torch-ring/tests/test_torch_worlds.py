@@ -1,0 +1,110 @@
+"""One model on many meshes of real processes: the same losses, gradients, tokens and checkpoints as on one.
+
+Every world is started once and does several cases.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch_cases import run_ranks
+
+SCRIPT = Path(__file__).parent / "torch_trainer_world.py"
+
+MESHES = {
+    1: ["1,1,1,1"],
+    2: ["1,1,1,2", "1,2,1,1", "2,1,1,1", "1,1,2,1"],
+    3: ["1,1,1,3"],
+    4: ["1,1,2,2", "1,2,2,1", "2,1,2,1", "1,2,1,2", "2,2,1,1"],
+}
+MORE: dict[str, list[dict[str, Any]]] = {
+    "1,1,1,1": [{"accumulate": 2}, {"remat": "full", "token_chunk": 16}, {"remat": "offload"}, {"remat": "none"},
+                {"remat": "dots"}],
+    "1,1,1,2": [{"shard_parameters": []}, {"accumulate": 2, "remat": "full"}, {"attention": {"strategy": "ulysses"}}],
+    "1,1,2,2": [{"token_chunk": 8, "remat": "offload"}, {"shard_parameters": []}],
+    "1,2,1,2": [{"accumulate": 2, "shard_parameters": ["fsdp"]}],
+}  # fmt: skip
+PLAIN = [(world, mesh, {}) for world, meshes in MESHES.items() for mesh in meshes]
+CHANGED = [(world, mesh, more) for world, mesh, _ in PLAIN for more in MORE.get(mesh, [])]
+CASES = PLAIN + CHANGED
+
+
+pytestmark = pytest.mark.slow
+
+
+def told(world: int, cases: list[dict[str, Any]]) -> list[Any]:
+    results: list[Any] = json.loads(run_ranks(world, SCRIPT, json.dumps(cases))[0])
+    return results
+
+
+@cache
+def results(world: int) -> dict[str, Any]:
+    """Everything that a world can tell of training and generation, by mesh and options."""
+    asked = [
+        {"do": do, "mesh": mesh, "more": more}
+        for size, mesh, more in CASES
+        if size == world
+        for do in (("train", "generate") if not more else ("train",))
+    ]
+    found = zip(asked, told(world, asked), strict=True)
+    return {f"{one['do']} {one['mesh']} {one['more']}": result for one, result in found}
+
+
+def result(do: str, world: int, mesh: str, more: dict[str, Any] | None = None) -> Any:
+    return results(world)[f"{do} {mesh} {more or {}}"]
+
+
+@pytest.mark.parametrize(("world", "mesh", "more"), CASES)
+def test_losses_and_gradients_are_those_of_one_process(world: int, mesh: str, more: dict[str, Any]) -> None:
+    expected, got = result("train", 1, "1,1,1,1"), result("train", world, mesh, more)
+    for name, values in expected["gradients"].items():
+        np.testing.assert_allclose(got["gradients"][name], values, rtol=1e-5, atol=1e-7, err_msg=name)
+    for key in ("steps", "evaluated", "after"):
+        np.testing.assert_allclose(got[key], expected[key], rtol=1e-5, err_msg=key)
+    assert got["steps"][2][0] < got["steps"][0][0]
+
+
+@pytest.mark.parametrize(("world", "mesh", "more"), PLAIN)
+def test_tokens_and_scores_are_those_of_one_process(world: int, mesh: str, more: dict[str, Any]) -> None:
+    expected, got = result("generate", 1, "1,1,1,1"), result("generate", world, mesh)
+    for key in ("greedy", "drawn", "apart", "streamed"):
+        assert got[key] == expected[key], key
+    assert got["apart"] == got["greedy"] and got["streamed"] == got["greedy"][1]
+    np.testing.assert_allclose(got["scores"], expected["scores"], rtol=1e-4)
+    np.testing.assert_allclose(got["steps"], expected["steps"], rtol=1e-5)
+
+
+def test_parameters_are_shared_out() -> None:
+    """A rank holds its part of them, and all of them where the mesh says that they are copied."""
+    whole = result("train", 1, "1,1,1,1")["held"]
+    for mesh, world, ranks in (("1,1,1,2", 2, 2), ("1,1,1,3", 3, 3), ("1,1,2,2", 4, 4), ("2,2,1,1", 4, 2)):
+        held = result("train", world, mesh)["held"]
+        assert whole / ranks <= held < 1.05 * whole / ranks, mesh  # norms are whole on every rank of tp
+    assert result("train", 2, "2,1,1,1")["held"] == whole
+    assert result("train", 2, "1,1,1,2", {"shard_parameters": []})["held"] == whole
+
+
+@pytest.mark.parametrize(("world", "mesh", "other"), [(1, "1,1,1,1", 3), (2, "1,1,1,2", 1), (4, "1,1,2,2", 2)])
+def test_a_checkpoint_continues(world: int, mesh: str, other: int, tmp_path: Path) -> None:
+    """Bit for bit on the same mesh, though training went on while it was written; to rounding on any other."""
+    cases = [{"do": "save", "mesh": mesh, "folder": str(tmp_path)}]
+    cases += [{"do": "restore", "mesh": one, "folder": str(tmp_path)} for one in MESHES[world]]
+    saved, *restored = told(world, cases)
+    for case, [again] in zip(cases[1:], restored, strict=True):
+        np.testing.assert_allclose(again, saved[2], rtol=1e-5)
+        assert case["mesh"] != mesh or again == saved[2]
+    [[again]] = told(other, [{"do": "restore", "mesh": MESHES[other][0], "folder": str(tmp_path)}])
+    np.testing.assert_allclose(again, saved[2], rtol=1e-5)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+
+
+def test_a_stage_may_have_another_mesh() -> None:
+    [expected] = told(1, [{"do": "move", "mesh": "1,1,1,1", "to": "1,1,1,1"}])
+    cases = [{"do": "move", "mesh": "1,1,1,4", "to": "1,2,2,1"}, {"do": "move", "mesh": "1,2,2,1", "to": "1,1,1,4"}]
+    for got in told(4, cases):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
