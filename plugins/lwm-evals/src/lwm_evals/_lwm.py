@@ -17,3 +17,9 @@ report = PluginSpec(
     factory="lwm_evals.hooks:ReportHooks",
     needs=("jinja2", "matplotlib"),
 )
+
+score = PluginSpec(
+    name="score",
+    summary="How well a run's model predicts a long text in one context, by position",
+    factory="lwm_evals.score_verb:add_score",
+)

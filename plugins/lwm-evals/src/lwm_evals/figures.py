@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lwm_evals.score import Score
+
 INK, MUTED, LINE, BAND, ACCENT, PLAIN = "#1d2228", "#69727d", "#dfe3e8", "#f3f5f7", "#17738c", "#98a1ab"
 VARIABLES = {
     INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", BAND: "var(--band)", ACCENT: "var(--accent)",
@@ -162,6 +164,29 @@ def curve(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value) if value >= 1e4 else f"{value:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(8 if size[0] > 6 else 4, steps=[1, 2, 5, 10]))
+        _grid(axes)
+        return figure
+
+
+def perplexity_by_position(found: Score, trained: int) -> Figure:
+    """Perplexity of a text's tokens over their position in it; a dashed line marks the length trained at."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 2.75), layout="constrained")
+        axes = figure.add_subplot()
+        bands = [band for band in found.bands if np.isfinite(band.perplexity)]
+        for band in bands:
+            axes.hlines(band.perplexity, band.start, band.stop, color=ACCENT, linewidth=2.2)
+        middles = [(band.start * band.stop) ** 0.5 for band in bands]
+        axes.plot(middles, [band.perplexity for band in bands], color=ACCENT, alpha=0.45, linewidth=1.2)
+        if trained < found.tokens:
+            axes.axvline(trained, color=INK, linewidth=1.2, dashes=(3, 2))
+            axes.annotate(f"trained at {tokens(trained)}", (trained, 1), xycoords=("data", "axes fraction"),
+                          xytext=(4, -8), textcoords="offset points", color=MUTED, fontsize=8.5)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set(xlim=(1, found.tokens), xlabel="position in the text, tokens", ylabel="perplexity")
+        axes.set_ylim(0, 1.15 * max((band.perplexity for band in bands), default=1.0))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
+        axes.minorticks_off()
         _grid(axes)
         return figure
 
