@@ -21,6 +21,7 @@ from lwm_core.layout import SequenceLayout
 from lwm_torch_ring.attention.accumulate import Saved, absorb, add_gradients, start
 from lwm_torch_ring.attention.blocks import Plan
 from lwm_torch_ring.attention.kernels.contract import Kernel
+from lwm_torch_ring.attention.tiles import Pack
 
 Results = tuple[Tensor, ...]
 """out, or out, dq, dk and dv."""
@@ -48,16 +49,18 @@ class PlayedRing:
         self._layout, self._seq_len, self._kernel = layout, seq_len, kernel
         self._hops = needed_hops(mask, layout, seq_len)
         self._plans = [
-            Plan(mask, layout, seq_len, rank, kernel.chunk, kernel.limit, segment_ids) for rank in range(layout.world)
+            Plan(mask, layout, seq_len, rank, kernel.chunk, kernel.limit, segment_ids, kernel.packed is not None)
+            for rank in range(layout.world)
         ]
 
     def prepare(self) -> dict[str, int]:
-        """Work out all tiles, as a batch does once for all layers; how many there are of each kind."""
+        """Work out all tiles, as a batch does once for all layers; how many there are of each kind, a pack as one."""
         counts: dict[str, int] = {}
         for rank, plan in enumerate(self._plans):
             for hop in self._hops:
                 for tile in plan.tiles((rank - hop) % self._layout.world):
-                    counts[tile.kind] = counts.get(tile.kind, 0) + 1
+                    kind = f"pack of {tile.kind}" if isinstance(tile, Pack) else tile.kind
+                    counts[kind] = counts.get(kind, 0) + 1
         return counts
 
     @cached_property

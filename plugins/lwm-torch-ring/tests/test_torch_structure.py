@@ -346,7 +346,7 @@ def test_a_kernel_that_cannot_run_is_refused() -> None:
 
 def test_another_torch_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that binds the op otherwise, or is too old: auto says so and takes math, the name is refused."""
-    for change in (lambda: monkeypatch.setitem(aten._BINDINGS, aten._CPU, "query key value scale"),
+    for change in (lambda: monkeypatch.setitem(aten._BINDINGS, aten._CPU, ("query key value scale",)),
                    lambda: monkeypatch.setattr(torch, "__version__", "2.9.1")):  # fmt: skip
         with monkeypatch.context():
             change()

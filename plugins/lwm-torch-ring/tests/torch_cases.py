@@ -46,8 +46,8 @@ def make_trainer(
 ) -> TorchTrainer:  # fmt: skip
     """A trainer whose stage has begun."""
     context = TrainerContext(
-        config or model(), factory, AttentionOptions(chunk=16, **(attention or {})), OptimizerSpec(clip_norm=clip_norm),
-        ALPHAS, seed=7,
+        config or model(), factory, AttentionOptions(**{"chunk": 16, **(attention or {})}),
+        OptimizerSpec(clip_norm=clip_norm), ALPHAS, seed=7,
     )  # fmt: skip
     trainer = TorchTrainer(TrainerOptions(**{"loss_chunk": 16, "device": "cpu", **options}), context)
     trainer.begin_stage(stage(mesh, accumulate=accumulate, seq_len=seq_len, rows=rows, lr=lr))

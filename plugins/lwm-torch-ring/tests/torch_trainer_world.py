@@ -10,10 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch_cases import make_trainer, rows_of, stage
 
+from lwm_core.attention import AttentionMask
 from lwm_core.protocols import SamplingSpec
+from lwm_core.reference import attention_forward
+from lwm_torch_ring.attention.kernels.math import MathKernel
+from lwm_torch_ring.attention.peers import peers_on
+from lwm_torch_ring.generate.cache import LayerCache
+from lwm_torch_ring.generate.reading import _pass_kv, _pass_q, one_query
 from lwm_torch_ring.model.sharding import local_part, named, whole
 from lwm_torch_ring.train.trainer import TorchTrainer
 
@@ -85,7 +92,36 @@ def move(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     return told + steps(trainer, 2)
 
 
-DO = {"train": train, "generate": generate, "save": save, "restore": restore, "move": move}
+def read(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
+    """Queries over a cache that lies on all ranks, both ways and one at a time: how far each is from the oracle."""
+    peers = peers_on(trainer.current.meshes.axes, "sp")
+    random = np.random.default_rng(8)
+    lengths, far = case["lengths"], {}
+    longest, new, heads, kv_heads, dim = max(lengths), 6, 4, 2, 16
+    k, v = (random.standard_normal((len(lengths), longest, kv_heads, dim), dtype=np.float32) for _ in range(2))
+    q = random.standard_normal((len(lengths), peers.size, new, heads, dim), dtype=np.float32)
+    layer = LayerCache("compute")
+    owner = random.integers(0, peers.size, longest)  # any slot may lie anywhere
+    cached = [[int((owner[:used] == rank).sum()) for used in lengths] for rank in range(peers.size)]
+    chosen = [torch.from_numpy(np.flatnonzero(owner[:used] == peers.rank)) for used in lengths]
+    layer.add(torch.from_numpy(k), torch.from_numpy(v), chosen)
+    mine, kernel = torch.from_numpy(q[:, peers.rank]), MathKernel(dim**-0.5, 8)
+    results = {
+        "pass-Q": _pass_q(mine, layer, cached, peers, kernel).out,
+        "pass-KV": _pass_kv(mine, layer, cached, peers, kernel).out,
+        "one": torch.cat([one_query(torch.from_numpy(q[:, 0, i : i + 1]), layer, peers) for i in range(new)], 1),
+    }
+    for name, got in results.items():
+        for b, used in enumerate(lengths):
+            asked = q[b, 0 if name == "one" else peers.rank][None]
+            padded = np.concatenate([asked, np.zeros((1, used - new, heads, dim))], 1)  # the oracle's is square
+            out, _ = attention_forward(padded, k[b : b + 1, :used], v[b : b + 1, :used], AttentionMask("full"))
+            error = np.abs(got[b].numpy() - out[0, :new]).max()
+            far[name] = max(far.get(name, 0.0), float(error))
+    return far
+
+
+DO = {"read": read, "train": train, "generate": generate, "save": save, "restore": restore, "move": move}
 
 
 def main() -> None:

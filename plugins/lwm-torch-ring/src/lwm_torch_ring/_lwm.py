@@ -17,7 +17,7 @@ attention = PluginSpec(
         "dtypes": ("float32", "bfloat16"),
         "strategies": ("ring", "allgather", "ulysses", "usp"),
         "layouts": ("contiguous", "zigzag", "striped"),
-        "kernels": ("cpu-flash", "cuda-flash", "math"),
+        "kernels": ("cpu-flash", "flash-attn-3", "cudnn", "cuda-flash", "math"),
     },
     priority=10,
 )

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lwm_torch_ring.attention.blocks import Tile
-from lwm_torch_ring.attention.kernels.contract import Kernel
+from lwm_torch_ring.attention.kernels.contract import Kernel, PackKernel
+from lwm_torch_ring.attention.tiles import Pack, Tile
 
 
 class State(NamedTuple):
@@ -53,22 +53,66 @@ def merge(state: State, out: Tensor, lse: Tensor) -> None:
     state.lse.copy_(total)
 
 
-def absorb(state: State, q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile], kernel: Kernel) -> None:
+def _tokens(x: Tensor) -> Tensor:
+    """``[B,C,...]`` → ``[B·C,...]``; a view wherever the strides allow one."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _packer(kernel: Kernel) -> PackKernel:
+    assert kernel.packed is not None  # else its plan has no packs
+    return kernel.packed
+
+
+def absorb(state: State, q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile | Pack], kernel: Kernel) -> None:
     """Let the queries see ``k, v [B,T,K,D]``; the state changes in place."""
     for tile in tiles:
+        if isinstance(tile, Pack):
+            _absorb_pack(state, q, k, v, tile, _packer(kernel))
+            continue
         queries, keys = (tile.rows, tile.q), (tile.rows, tile.k)
         out, lse = kernel.forward(q[queries], k[keys], v[keys], tile)
         merge(State(state.out[queries], state.lse[queries]), out, lse)
 
 
+def _absorb_pack(state: State, q: Tensor, k: Tensor, v: Tensor, pack: Pack, kernel: PackKernel) -> None:
+    queries, keys, spans = pack.on(q.device)
+    given = _tokens(q)[queries], _tokens(k)[keys], _tokens(v)[keys]
+    out, lse = kernel.forward(*given, spans, pack.kind == "diagonal")
+    whole = State(*(x.view(-1, *x.shape[2:]) for x in state))
+    part = State(*(x[queries] for x in whole))
+    merge(part, out, lse)
+    if not isinstance(queries, slice):  # what was gathered is a copy; no query is in it twice
+        for x, merged in zip(whole, part, strict=True):
+            x[queries] = merged
+
+
 def add_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, saved: Saved, k: Tensor, v: Tensor, tiles: Iterable[Tile], kernel: Kernel
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, saved: Saved, k: Tensor, v: Tensor, tiles: Iterable[Tile | Pack],
+    kernel: Kernel,
+) -> None:  # fmt: skip
     """Add the share of ``k, v [B,T,K,D]`` to dq ``[B,C,H,D]``, and theirs to dk and dv ``[B,T,K,D]``; all float32."""
     for tile in tiles:
+        if isinstance(tile, Pack):
+            _add_pack(dq, dk, dv, saved, k, v, tile, _packer(kernel))
+            continue
         queries, keys = (tile.rows, tile.q), (tile.rows, tile.k)
         gradients = kernel.backward(
             saved.dout[queries], saved.q[queries], k[keys], v[keys], saved.out[queries], saved.lse[queries], tile
         )
         for whole, part, place in zip((dq, dk, dv), gradients, (queries, keys, keys), strict=True):
             whole[place] += part
+
+
+def _add_pack(
+    dq: Tensor, dk: Tensor, dv: Tensor, saved: Saved, k: Tensor, v: Tensor, pack: Pack, kernel: PackKernel
+) -> None:
+    queries, keys, spans = pack.on(k.device)
+    q, out, dout, lse = (_tokens(x)[queries] for x in saved)
+    given = dout, q, _tokens(k)[keys], _tokens(v)[keys], out, lse
+    gradients = kernel.backward(*given, spans, pack.kind == "diagonal")
+    for whole, part, place in zip((dq, dk, dv), gradients, (queries, keys, keys), strict=True):
+        whole = whole.view(-1, *whole.shape[2:])
+        if isinstance(place, slice):
+            whole[place] += part
+        else:
+            whole.index_add_(0, place, part.to(whole.dtype))

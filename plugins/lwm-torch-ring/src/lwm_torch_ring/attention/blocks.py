@@ -13,9 +13,9 @@ Shapes: B batch, S sequence, C tokens of a rank, R is B where documents make row
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,36 +23,11 @@ from numpy.typing import NDArray
 from lwm_core.attention import AttentionMask, document_bounds, mask_bounds
 from lwm_core.errors import UnsupportedError
 from lwm_core.layout import SequenceLayout
-
-Kind = Literal["whole", "diagonal", "ragged"]
-Ints = NDArray[np.int64]
+from lwm_torch_ring.attention.tiles import Ints, Kind, Pack, Tile, packs
 
 EXACT_SHARE = 4
-"""A document or block of at least chunk / 4 queries gets tiles of its own; shorter ones share ragged tiles."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """Queries ``q`` over keys ``k`` of rows ``rows``: slots of the rank that has the queries, and of the keys' rank.
-
-    ``diagonal``: as many queries as keys, and each sees the keys up to the one in its own place. ``ragged``: query i
-    sees the keys ``low[i] <= j < high[i]``, counted from ``k.start``.
-    """
-
-    rows: slice
-    q: slice
-    k: slice
-    kind: Kind
-    low: Ints | None = None
-    high: Ints | None = None
-
-    @property
-    def unseeing(self) -> NDArray[np.bool_] | None:
-        """Which queries see no key of a ragged tile; none where all see one."""
-        if self.low is None or self.high is None:
-            return None
-        nothing: NDArray[np.bool_] = self.high <= self.low
-        return nothing if nothing.any() else None
+"""A document or block of at least chunk / 4 queries gets tiles of its own; shorter ones share ragged tiles, where the
+kernel does not take many tiles at once."""
 
 
 class Plan:
@@ -64,6 +39,8 @@ class Plan:
         chunk: longest side of a ragged tile.
         limit: longest side of any tile, for kernels that make a tile's scores as a whole; none: as long as they come.
         segment_ids: ``[B, S]`` in natural order, or none.
+        packed: whether the kernel takes many tiles at once: then documents of any length get tiles of their own, which
+            are given out in packs.
 
     Raises:
         UnsupportedError: tokens of one document do not stand together.
@@ -78,8 +55,13 @@ class Plan:
         chunk: int,
         limit: int | None = None,
         segment_ids: NDArray[Any] | None = None,
+        packed: bool = False,
     ) -> None:
         self._runs, self._chunk, self._limit = layout.runs(seq_len), chunk, limit
+        self._packed = packed and segment_ids is not None
+        self._least = 1 if self._packed else max(1, chunk // EXACT_SHARE)
+        self._singles = self._packed and mask.window is None  # in a window's band every query is one of its own
+        self._rows = 1 if segment_ids is None else len(segment_ids)
         low, high = mask_bounds(mask, seq_len, segment_ids)
         if segment_ids is not None:
             _check_documents(segment_ids)
@@ -89,12 +71,15 @@ class Plan:
         self._low, self._high = (np.atleast_2d(bound)[:, mine].astype(np.int64) for bound in (low, high))
         if (self._low == self._low[:1]).all() and (self._high == self._high[:1]).all():
             self._low, self._high = self._low[:1], self._high[:1]
-        self._tiles: dict[int, tuple[Tile, ...]] = {}
+        self._tiles: dict[int, tuple[Tile | Pack, ...]] = {}
 
-    def tiles(self, source: int) -> tuple[Tile, ...]:
-        """The tiles over the keys of rank ``source``."""
+    def tiles(self, source: int) -> tuple[Tile | Pack, ...]:
+        """The tiles over the keys of rank ``source``; packs of them for a kernel that takes these."""
         if source not in self._tiles:
-            self._tiles[source] = tuple(self._over(self._runs[source]))
+            found: Iterable[Tile | Pack] = self._over(self._runs[source])
+            if self._packed:
+                found = packs(self._over(self._runs[source]), self._rows, self._low.shape[1])
+            self._tiles[source] = tuple(found)
         return self._tiles[source]
 
     def _over(self, runs: list[slice]) -> Iterator[Tile]:
@@ -105,7 +90,8 @@ class Plan:
             for run in runs:
                 count = len(range(run.start, run.stop, run.step or 1))
                 first, last = _in_slots(low, high, run, count)
-                found += _decomposed(first, last, rows, slot, self._chunk)
+                exact = list(_exact(first, last, self._least, self._singles))
+                found += _decomposed(first, last, rows, slot, self._chunk, exact)
                 slot += count
             found = _joined(_joined(found, "k", "q"), "q", "k")
             yield from found if self._limit is None else (part for tile in found for part in _cut(tile, self._limit))
@@ -133,8 +119,10 @@ def _in_slots(low: Ints, high: Ints, run: slice, count: int) -> tuple[Ints, Ints
     return np.where(nothing, 0, first), np.where(nothing, 0, last)
 
 
-def _decomposed(low: Ints, high: Ints, rows: slice, slot: int, chunk: int) -> Iterator[Tile]:
-    """The tiles of all queries over one run of keys, which begins at ``slot``."""
+def _decomposed(
+    low: Ints, high: Ints, rows: slice, slot: int, chunk: int, exact: Iterable[tuple[int, int, int]]
+) -> Iterator[Tile]:
+    """The tiles of all queries over one run of keys, which begins at ``slot``; ``exact`` queries get their own."""
     if not high.any():
         return
 
@@ -143,7 +131,7 @@ def _decomposed(low: Ints, high: Ints, rows: slice, slot: int, chunk: int) -> It
             yield Tile(rows, q, slice(slot + first, slot + last), kind)
 
     done = 0
-    for start, stop, slope in _regular(low, high, max(1, chunk // EXACT_SHARE)):
+    for start, stop, slope in exact:
         yield from _ragged(low, high, done, start, rows, slot, chunk)
         done = stop
         if slope == 0:
@@ -155,6 +143,18 @@ def _decomposed(low: Ints, high: Ints, rows: slice, slot: int, chunk: int) -> It
             yield from tile(slice(begin, stop), int(low[start]), square, "whole")
             yield from tile(slice(begin, stop), square, square + stop - begin, "diagonal")
     yield from _ragged(low, high, done, len(low), rows, slot, chunk)
+
+
+def _exact(low: Ints, high: Ints, least: int, singles: bool) -> Iterator[tuple[int, int, int]]:
+    """As :func:`_regular`, and with ``singles`` every other query by itself."""
+    done = 0
+    for start, stop, slope in _regular(low, high, least):
+        if singles:
+            yield from ((at, at + 1, 0) for at in range(done, start))
+        yield start, stop, slope
+        done = stop
+    if singles:
+        yield from ((at, at + 1, 0) for at in range(done, len(low)))
 
 
 def _regular(low: Ints, high: Ints, least: int) -> Iterator[tuple[int, int, int]]:

@@ -24,8 +24,8 @@ class AttentionOptions(BaseModel):
     gather_heads: int | None = Field(
         None, gt=0, description="allgather: key-value heads gathered at a time, the next while these are computed; all"
     )
-    kernel: Literal["auto", "cpu-flash", "cuda-flash", "math"] = Field(
-        "auto", description="what computes a block; auto: torch's flash attention of the device, else math"
+    kernel: Literal["auto", "cpu-flash", "flash-attn-3", "cudnn", "cuda-flash", "math"] = Field(
+        "auto", description="what computes a block; auto: the first of these that can on the device, and says so"
     )
     chunk: int = Field(
         512, gt=0, description="queries and keys of a block that a mask cuts through, in tokens; math: of every block"

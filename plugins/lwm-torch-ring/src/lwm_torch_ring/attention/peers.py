@@ -185,6 +185,8 @@ def peers_on(mesh: Any | None, axis: str) -> Peers:
         return Peers()
     group = mesh.get_group(axis)
     ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    if group is dist.group.WORLD:  # whose line all else uses: a hop would queue behind gathered parameters
+        group = _subgroup(tuple(ranks))
     if list(ranks) != sorted(ranks) or mesh.get_local_rank(axis) != rank:
         raise UnsupportedError(f"torch-ring: mesh axis {axis!r} has ranks {ranks} out of order; list them ascending")
     return Peers(group, ranks, rank)

@@ -92,7 +92,10 @@ class AttentionSpec:
 
     def _plan(self, segments: Any | None) -> Plan:
         kernel = self.kernel
-        return Plan(self.mask, self.layout, self.seq_len, self.rank, kernel.chunk, kernel.limit, segments)
+        return Plan(
+            self.mask, self.layout, self.seq_len, self.rank, kernel.chunk, kernel.limit, segments,
+            kernel.packed is not None,
+        )  # fmt: skip
 
     def plan(self, segments: Tensor | None) -> Plan:
         """The tiles of this rank's queries; ``segments [B,S/n]`` of this process, of n that hold the sequence.

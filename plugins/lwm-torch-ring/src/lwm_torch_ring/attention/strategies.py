@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, C tokens of a process, H query heads, K key-value h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import isqrt
 from typing import NamedTuple
 
@@ -17,9 +17,11 @@ from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.layout import SequenceLayout
 from lwm_torch_ring.attention.allgather import ALLGATHER
 from lwm_torch_ring.attention.differentiable import attention
-from lwm_torch_ring.attention.kernels.aten import CpuFlash, CudaFlash, Fused
+from lwm_torch_ring.attention.kernels.aten import CpuFlash, CudaFlash, Cudnn
 from lwm_torch_ring.attention.kernels.contract import Kernel
 from lwm_torch_ring.attention.kernels.flash import FlashKernel
+from lwm_torch_ring.attention.kernels.flash3 import Flash3
+from lwm_torch_ring.attention.kernels.fused import Fused
 from lwm_torch_ring.attention.kernels.math import MathKernel
 from lwm_torch_ring.attention.options import AttentionOptions
 from lwm_torch_ring.attention.peers import Neighbourhood
@@ -44,7 +46,8 @@ STRATEGIES = {
     "usp": Strategy(RING, exchanged_attention),
 }
 
-FUSED: tuple[Fused, ...] = (CpuFlash(), CudaFlash())
+FUSED: tuple[Fused, ...] = (CpuFlash(), Flash3(), Cudnn(), CudaFlash())
+"""In the order in which ``auto`` takes them."""
 
 
 def strategy_of(options: AttentionOptions) -> Strategy:
@@ -102,7 +105,14 @@ def choose_kernel(
         return options.kernel, ()
     name = next((name for name, objection in objections.items() if not objection), "math")
     others = (f"kernel {other}: {why}" for other, why in objections.items() if other != name)
-    return name, (f"chose kernel {name}", *others)
+    return name, (f"chose kernel {name}", *others, *_without_packs(name))
+
+
+def _without_packs(name: str) -> Iterator[str]:
+    """Why the documents of packed rows go to a kernel one by one that could take them at once."""
+    for varlen in (fused.varlen for fused in FUSED if fused.name == name):
+        if varlen is not None and varlen.objection():
+            yield f"kernel {name} computes documents one by one: {varlen.objection()}"
 
 
 def make_kernel(options: AttentionOptions, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:

@@ -1,76 +1,134 @@
-"""The KV cache: the prompt's part stays where prefill left it, spread over ``sp``; new tokens have a part of their own.
+"""The KV cache of one layer on one rank: rows grow a page at a time, and full pages may be kept in eight bits.
 
-Every slot of the prompt carries its token's index, so that nothing infers order from a slot.
+A row holds its own tokens and nothing else: padding never gets in. So a row's slots are whole tiles to any query that
+comes later, and nothing needs a mask or an order.
 
-Shapes: B rows, P prompt slots of this rank, N new slots, K key-value heads, H query heads, D head dim.
+Shapes: B rows, T slots, N pages, P slots of a page, K key-value heads, D head dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lwm_torch_ring.attention.peers import Peers
+PAGE = 128
+"""Slots of a page."""
+
+CacheDtype = Literal["compute", "bfloat16", "int8"]
 
 
-@dataclass
-class LayerCache:
-    """Keys and values of one layer: of the prompt ``[B,P,K,D]`` and of new tokens ``[B,N,K,D]``."""
-
-    prompt_k: Tensor
-    prompt_v: Tensor
-    new_k: Tensor
-    new_v: Tensor
-
-    @classmethod
-    def after_prefill(cls, k: Tensor, v: Tensor, count: int) -> LayerCache:
-        """The prompt's, with room for ``count`` new tokens."""
-        room = (k.shape[0], count, *k.shape[2:])
-        return cls(k, v, k.new_zeros(room), v.new_zeros(room))
-
-    def add(self, k: Tensor, v: Tensor, step: int) -> None:
-        """Put away new token number ``step``, ``[B,1,K,D]``."""
-        self.new_k[:, step : step + 1] = k
-        self.new_v[:, step : step + 1] = v
-
-
-def attend_cached(q: Tensor, layer: LayerCache, prompt_index: Tensor, step: int, peers: Peers) -> Tensor:
-    """One query a row over a layer's prompt, wherever it lies, and its new tokens up to and including ``step``.
-
-    Each rank attends to what it holds; out and lse of all are brought together. New tokens, which all ranks hold,
-    count on the first.
+class Rows:
+    """Keys or values of a layer: ``[B, T, K, D]``, of which row b has ``used[b]`` slots in use.
 
     Args:
-        q: ``[B,1,H,D]``.
-        prompt_index: ``[B,P]``; slots of −1 are not seen.
-        peers: the ranks of ``sp``.
-
-    Returns:
-        ``[B,1,H,D]`` in q's dtype.
+        kind: how they are kept. ``int8`` keeps full pages as whole numbers times a float32 scale for each page and
+            head, and the last, unfinished page of a row as it came.
     """
-    keys, values, seen = layer.prompt_k, layer.prompt_v, prompt_index >= 0
-    if peers.rank == 0:
-        keys = torch.cat([keys, layer.new_k[:, : step + 1]], dim=1)
-        values = torch.cat([values, layer.new_v[:, : step + 1]], dim=1)
-        seen = torch.cat([seen, seen.new_ones(seen.shape[0], step + 1)], dim=1)
-    out, lse = _attend(q, keys, values, seen)
-    if peers.size > 1:
-        gathered, pending = peers.gather(torch.cat([out, lse[..., None]], dim=-1))
-        pending.wait()
-        weights = torch.softmax(gathered[..., -1:], dim=0)
-        out = (gathered[..., :-1] * weights).sum(0)
-    return out.to(q.dtype)[:, None]
+
+    def __init__(self, kind: CacheDtype) -> None:
+        self._kind = kind
+        self._plain: Tensor | None = None  # all slots, or with int8 those of unfinished pages [B, P, K, D]
+        self._codes: Tensor | None = None  # [B, N, P, K, D] int8
+        self._scales: Tensor | None = None  # [B, N, 1, K, 1] float32
+        self._dtype = torch.float32
+        self.used: list[int] = []
+
+    def add(self, x: Tensor, chosen: Sequence[Tensor | None]) -> None:
+        """Put away, at the end of each row b, its slots ``chosen[b]`` of ``x [B, c, K, D]``; all of them if none."""
+        self._dtype = x.dtype
+        kept = x.bfloat16() if self._kind == "bfloat16" else x
+        if not self.used:
+            self.used = [0] * len(x)
+            self._room(PAGE, kept[0])
+        for row, which in enumerate(chosen):
+            self._put(row, kept[row] if which is None else kept[row, which])
+
+    def _put(self, row: int, new: Tensor) -> None:
+        while len(new):
+            at = self.used[row] % PAGE if self._kind == "int8" else self.used[row]
+            room = PAGE - at if self._kind == "int8" else len(new)
+            part, new = new[:room], new[room:]
+            plain = self._room(at + len(part), part)
+            plain[row, at : at + len(part)] = part
+            self.used[row] += len(part)
+            if self._kind == "int8" and self.used[row] % PAGE == 0:
+                self._pack(row, self.used[row] // PAGE - 1, plain[row, :PAGE])
+
+    def _room(self, slots: int, like: Tensor) -> Tensor:
+        """The plain slots, at least so many: doubled when they are full, so that copying stays rare."""
+        have = 0 if self._plain is None else self._plain.shape[1]
+        if self._plain is None or have < slots:
+            pages = -(-max(slots, 0 if self._kind == "int8" else 2 * have) // PAGE)
+            grown = like.new_empty((len(self.used), pages * PAGE, *like.shape[1:]))
+            if self._plain is not None:
+                grown[:, :have] = self._plain
+            self._plain = grown
+        return self._plain
+
+    def _pack(self, row: int, page: int, slots: Tensor) -> None:
+        have = 0 if self._codes is None else self._codes.shape[1]
+        if self._codes is None or self._scales is None or have <= page:
+            grown = max(page + 1, 2 * have)
+            codes = slots.new_empty((len(self.used), grown, *slots.shape), dtype=torch.int8)
+            scales = slots.new_empty((len(self.used), grown, 1, slots.shape[1], 1), dtype=torch.float32)
+            if self._codes is not None and self._scales is not None:
+                codes[:, :have], scales[:, :have] = self._codes, self._scales
+            self._codes, self._scales = codes, scales
+        wide = slots.float()
+        scale = (wide.abs().amax(dim=(0, 2), keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        self._codes[row, page] = (wide / scale).round().to(torch.int8)
+        self._scales[row, page] = scale
+
+    def whole(self, slots: int, rows: slice = slice(None)) -> Tensor:
+        """``[B, slots, K, D]`` in the dtype that came; of a row with fewer slots in use the rest means nothing."""
+        assert self._plain is not None
+        if self._codes is None or self._scales is None or self._kind != "int8":
+            return self._plain[rows, :slots].to(self._dtype)
+        pages = -(-slots // PAGE)
+        codes, scales = self._codes[rows, :pages], self._scales[rows, :pages]
+        opened = (codes.float() * scales).to(self._dtype).flatten(1, 2)
+        if opened.shape[1] < slots:
+            opened = torch.cat([opened, opened.new_empty(len(opened), slots - opened.shape[1], *opened.shape[2:])], 1)
+        for place, row in enumerate(range(len(self.used))[rows]):
+            full = self.used[row] // PAGE * PAGE
+            rest = min(slots, self.used[row]) - full
+            if rest > 0:
+                opened[place, full : full + rest] = self._plain[row, :rest]
+        return opened[:, :slots]
+
+    @property
+    def bytes(self) -> int:
+        """What the slots in use take, scales and unfinished pages among it."""
+        if self._plain is None:
+            return 0
+        slot = self._plain[0, 0].numel() * self._plain.element_size()
+        if self._kind != "int8":
+            return sum(self.used) * slot
+        heads, dim = self._plain.shape[2:]
+        pages = sum(used // PAGE for used in self.used)
+        return pages * (PAGE * heads * dim + 4 * heads) + sum(used % PAGE for used in self.used) * slot
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """out ``[B,H,D]`` and lse ``[B,H]``, float32; 0 and −inf for a row that sees nothing."""
-    rows, _, heads, dim = q.shape
-    grouped = q.view(rows, k.shape[2], heads // k.shape[2], dim)
-    scores = torch.einsum("bkgd,bskd->bkgs", grouped, k).float() * dim**-0.5
-    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
-    out = torch.einsum("bkgs,bskd->bkgd", weights.to(v.dtype), v).float()
-    return out.reshape(rows, heads, dim), lse.view(rows, heads)
+class LayerCache:
+    """Keys and values of one layer."""
+
+    def __init__(self, kind: CacheDtype) -> None:
+        self.k, self.v = Rows(kind), Rows(kind)
+
+    @property
+    def used(self) -> list[int]:
+        """Slots in use of each row."""
+        return self.k.used
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        return self.k.bytes + self.v.bytes
+
+    def add(self, k: Tensor, v: Tensor, chosen: Sequence[Tensor | None]) -> None:
+        """Put away the chosen slots of ``k, v [B, c, K, D]``; see :meth:`Rows.add`."""
+        self.k.add(k, chosen)
+        self.v.add(v, chosen)

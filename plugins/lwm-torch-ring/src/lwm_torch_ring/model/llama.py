@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -242,18 +243,20 @@ class Llama(nn.Module):
         for layer in self.model.layers:
             x = layer(x, cos, sin, attend, how)
         head = table if self.lm_head is None else entire(self.lm_head.weight)
-        return tail(self.model.norm(x), head)
+        return tail(in_slices(self.model.norm, how.token_chunk, x), head)
 
 
 def initial(name: str, shape: Sequence[int], config: ModelConfig, seed: int, device: torch.device) -> Tensor:
-    """The first value of a parameter, the same on any mesh: ones for norms, zeros for biases, else N(0, init_std²)."""
+    """The first value of a parameter, the same on any mesh of like devices.
+
+    Ones for norms, zeros for biases, else N(0, init_std²).
+    """
     if name.endswith("norm.weight"):
         return torch.ones(*shape, device=device)
     if name.endswith("bias"):
         return torch.zeros(*shape, device=device)
-    from zlib import crc32
-
-    generator = torch.Generator(device).manual_seed((seed << 32) ^ crc32(name.encode()))
+    own = int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:7])
+    generator = torch.Generator(device).manual_seed(own)
     return torch.randn(*shape, generator=generator, device=device) * config.init_std
 
 

@@ -37,11 +37,14 @@ def modality_sums(
         chunk: tokens whose logits exist at a time; they are made again on the way back.
     """
 
-    def part_sums(part: Tensor, head: Tensor, part_targets: Tensor, part_weights: Tensor) -> Tensor:
+    # Cut once, so that the gradients of a slice's chunks are added up in arrays of its own size.
+    heads = [head[ids] for ids in slices]
+
+    def part_sums(part: Tensor, part_targets: Tensor, part_weights: Tensor, *heads: Tensor) -> Tensor:
         sums = []
-        for ids in slices:
+        for ids, rows in zip(slices, heads, strict=True):
             mine = (part_targets >= ids.start) & (part_targets < ids.stop)
-            ce = -_log_likelihood(part, head, part_targets, ids)
+            ce = -_log_likelihood(part, rows, part_targets, ids)
             sums.append(torch.where(mine, part_weights * ce, 0.0).sum())
         return torch.stack(sums)
 
@@ -49,7 +52,7 @@ def modality_sums(
     flat = (hidden.flatten(0, 1), targets.flatten(), weights.flatten())
     for part, part_targets, part_weights in zip(*(x.split(chunk) for x in flat), strict=True):
         total = total + checkpoint(
-            part_sums, part, head, part_targets, part_weights, use_reentrant=False, preserve_rng_state=False
+            part_sums, part, part_targets, part_weights, *heads, use_reentrant=False, preserve_rng_state=False
         )
     return total
 
@@ -62,13 +65,13 @@ def log_likelihoods(hidden: Tensor, head: Tensor, targets: Tensor, slices: Seque
         result = part.new_zeros(len(part), dtype=torch.float32)
         for ids in slices:
             mine = (part_targets >= ids.start) & (part_targets < ids.stop)
-            result = torch.where(mine, _log_likelihood(part, head, part_targets, ids), result)
+            result = torch.where(mine, _log_likelihood(part, head[ids], part_targets, ids), result)
         parts.append(result)
     return torch.cat(parts).view(targets.shape)
 
 
-def _log_likelihood(hidden: Tensor, head: Tensor, targets: Tensor, ids: slice) -> Tensor:
-    """``[N]`` float32 for ``hidden [N,E]``; of targets outside of ``ids`` the number means nothing."""
-    logits = functional.linear(hidden, head[ids].to(hidden.dtype)).float()
+def _log_likelihood(hidden: Tensor, rows: Tensor, targets: Tensor, ids: slice) -> Tensor:
+    """``[N]`` float32 for ``hidden [N,E]`` and the head's ``rows`` of ``ids``; of other targets it means nothing."""
+    logits = functional.linear(hidden, rows.to(hidden.dtype)).float()
     local = (targets - ids.start).clamp(0, ids.stop - ids.start - 1)
     return -functional.cross_entropy(logits, local.long(), reduction="none")

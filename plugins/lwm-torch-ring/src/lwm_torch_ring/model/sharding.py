@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from lwm_core.mesh import MESH_AXES
 from lwm_core.model import ModelConfig
 from lwm_torch_ring.model.llama import Linear, Llama, RMSNorm, Table, initial, part_of
 from lwm_torch_ring.model.tensor_parallel import TensorParallel
+
+NEAREST_LAST = ("dp", "fsdp", "sp", "tp")
+"""Ranks are numbered along the axes in this order: those of ``tp``, which talk most, are neighbours on a host."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,24 @@ def make_meshes(sizes: Mapping[str, int], shared_over: Sequence[str], device: to
         sizes: ranks of ``dp, fsdp, tp, sp``; they multiply to the world.
         shared_over: of ``dp, fsdp, sp`` those that share parameters out; the others hold copies.
     """
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    ranks = torch.arange(int(torch.tensor(shape).prod())).view(shape)
+    ranks = torch.arange(prod(sizes.values())).view([sizes[axis] for axis in NEAREST_LAST])
+    ranks = ranks.permute([NEAREST_LAST.index(axis) for axis in MESH_AXES])
     if ranks.numel() == 1:
         return Meshes(None, None)
     copies = [axis for axis in MESH_AXES if axis != "tp" and axis not in shared_over]
     shares = [axis for axis in MESH_AXES if axis in shared_over]
     order = [MESH_AXES.index(axis) for axis in (*copies, *shares, "tp")]
-    count = torch.tensor([sizes[axis] for axis in shares]).prod().int().item() if shares else 1
-    by_parameter = ranks.permute(order).reshape(-1, int(count), sizes["tp"])
+    by_parameter = ranks.permute(order).reshape(-1, prod(sizes[axis] for axis in shares), sizes["tp"])
     return Meshes(
         DeviceMesh(device.type, ranks, mesh_dim_names=MESH_AXES),
         DeviceMesh(device.type, by_parameter, mesh_dim_names=("replicate", "shard", "tp")),
     )
 
 
-def check_tensor_parallel(config: ModelConfig, sizes: Mapping[str, int], seq_len: int) -> None:
-    """Raise ShapeError unless ``tp`` divides what it cuts."""
+def check_tensor_parallel(
+    config: ModelConfig, sizes: Mapping[str, int], seq_len: int, shared_over: Sequence[str]
+) -> None:
+    """Raise ShapeError unless ``tp`` divides what it cuts, and what is left divides over the axes that share it."""
     tp = sizes["tp"]
     if tp == 1:
         return
@@ -79,6 +84,12 @@ def check_tensor_parallel(config: ModelConfig, sizes: Mapping[str, int], seq_len
     ):
         if size % tp:
             raise ShapeError(f"trainer 'torch': {size} {what} do not divide over tp = {tp}; choose a tp that does")
+    shares = prod(sizes[axis] for axis in shared_over)
+    if config.hidden_size % shares:
+        raise ShapeError(
+            f"trainer 'torch': with tp the hidden size must divide over {' x '.join(shared_over)} = {shares}, which "
+            f"share parameters out, but it is {config.hidden_size}; change the mesh or trainer.shard_parameters"
+        )
 
 
 PLACES: dict[str, Placement] = {"columns": Shard(0), "rows": Shard(1), "table": Shard(0), "whole": Replicate()}
@@ -90,7 +101,7 @@ def _shared_dimension(parameter: nn.Parameter) -> Shard:
     return Shard(1) if isinstance(parameter, DTensor) and parameter.placements == (Shard(0),) else Shard(0)
 
 
-def build(config: ModelConfig, meshes: Meshes, dtype: torch.dtype) -> Llama:
+def build(config: ModelConfig, meshes: Meshes) -> Llama:
     """The network without values, laid out on the meshes; :func:`fill` gives it some."""
     with torch.device("meta"):
         model = Llama(config)
@@ -101,22 +112,18 @@ def build(config: ModelConfig, meshes: Meshes, dtype: torch.dtype) -> Llama:
         for path, module in model.named_modules():
             if isinstance(module, Linear | RMSNorm | Table):
                 _cut(path, module, mesh)
-    gradients = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
-    layers = gradients if dtype == torch.float32 else MixedPrecisionPolicy(dtype, torch.float32)
+    # Float32 all through: a matrix is cast where it is used, so that the gradients of slices, micro-batches and ranks
+    # are added up in float32 and a run gives the same on any mesh. Gathered in bfloat16 they would not be.
+    plain = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     over = mesh["replicate", "shard"] if mesh.size(0) > 1 else mesh["shard"]
     placed = {"shard_placement_fn": _shared_dimension} if mesh.size(2) > 1 else {}
     for block in model.blocks:
-        fully_shard(block, mesh=over, mp_policy=_no_cast(layers), **placed)  # type: ignore[arg-type]
-    fully_shard(model, mesh=over, mp_policy=_no_cast(gradients), **placed)  # type: ignore[arg-type]
+        fully_shard(block, mesh=over, mp_policy=plain, **placed)  # type: ignore[arg-type]
+    fully_shard(model, mesh=over, mp_policy=plain, **placed)  # type: ignore[arg-type]
     for module in (*model.blocks, model):
         module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
-
-
-def _no_cast(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """Inputs as they are: RoPE's angles stay float32."""
-    return MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
 
 
 def _cut(path: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -174,31 +181,47 @@ GATHERED_SHARE = 1 / 4
 """Of the memory that is free, what gathered parameters may take while a model only reads."""
 
 
-@contextmanager
-def gathered(model: Llama, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters stay together between layers' calls, if there is room: each is then fetched once, not once a token.
+class Gathering:
+    """Keeps parameters together between a model's calls while somebody reads with it, if there is room.
 
-    Afterwards they are dealt out again, so that changed ones are fetched anew.
+    Each is then fetched once, not once a token. When nobody reads any more they are dealt out again, so that changed
+    ones are fetched anew.
     """
-    modules = [module for module in (*model.blocks, model) if isinstance(module, FSDPModule)]
-    room = bool(modules) and _agreed_to_fit(model, dtype)
-    for module in modules:
-        module.set_reshard_after_forward(not room, recurse=False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(module is not model, recurse=False)
+
+    def __init__(self, model: Llama) -> None:
+        self._modules = [module for module in (*model.blocks, model) if isinstance(module, FSDPModule)]
+        self._model, self._readers = model, 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """While somebody reads; every rank enters and leaves at the same time."""
+        if self._readers == 0 and self._modules and _agreed_to_fit(self._model):
+            for module in self._modules:
+                module.set_reshard_after_forward(False, recurse=False)
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if self._readers == 0:
+                self.apart()
+
+    def apart(self) -> None:
+        """Deal parameters out again."""
+        for module in self._modules:
+            module.set_reshard_after_forward(module is not self._model, recurse=False)
             module.reshard()
 
 
-def _agreed_to_fit(model: Llama, dtype: torch.dtype) -> bool:
+def _agreed_to_fit(model: Llama) -> bool:
     first = next(model.parameters())
-    bytes_ = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    cut = first.device_mesh.size(-1) if isinstance(first, DTensor) and first.device_mesh.ndim > 1 else 1
+    wanted = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) // cut
     if first.device.type == "cuda":
-        free = torch.cuda.mem_get_info(first.device)[0]
+        unused = torch.cuda.memory_reserved(first.device) - torch.cuda.memory_allocated(first.device)
+        free = torch.cuda.mem_get_info(first.device)[0] + unused
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, dist.get_world_size())
-    fits = torch.tensor(int(bytes_ <= free * GATHERED_SHARE))
+    fits = torch.tensor(int(wanted <= free * GATHERED_SHARE))
     dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)

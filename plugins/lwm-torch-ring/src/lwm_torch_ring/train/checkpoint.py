@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,17 @@ class DcpSave:
 class Checkpointer:
     """Saves and restores named tensors; it talks over a group of its own, beside the training's."""
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    def __init__(self, timeout: float) -> None:
+        patience = timedelta(seconds=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if dist.is_initialized() else None
         # Said in a thread of DCP's own, of what is meant: one process saves alone.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> DcpSave:
         """Start writing; the tensors are copied before this returns. All ranks call it at the same time."""
         target = Path(folder).absolute() / STATE
-        writer = dcp.HuggingFaceStorageWriter(str(target), save_distributed=True)
+        # One thread would overlap copies on the first GPU of the host, whichever is this rank's.
+        writer = dcp.HuggingFaceStorageWriter(str(target), save_distributed=True, thread_count=2)
         future = dcp.async_save(
             dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )

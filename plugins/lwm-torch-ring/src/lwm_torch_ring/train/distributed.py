@@ -32,7 +32,7 @@ class Launch:
 
     Args:
         rank, world: of all processes.
-        local_rank, local_world: of those on this host.
+        local_rank, local_world: of those on this host; 0 where the launcher does not say how many.
     """
 
     rank: int
@@ -57,10 +57,10 @@ def launch_from(environment: Mapping[str, str]) -> Launch | None:
         )
     try:
         rank, world, local = (int(environment[name]) for name in LAUNCHED[:3])
-        here = int(environment.get("LOCAL_WORLD_SIZE", world))
+        here = int(environment.get("LOCAL_WORLD_SIZE", 0))
     except ValueError as error:
         raise UsageError(f"trainer 'torch': RANK, WORLD_SIZE and LOCAL_RANK: {error}; start with torchrun") from None
-    if not (0 <= rank < world and 0 <= local < here):
+    if not (0 <= rank < world and 0 <= local < (here or world)):
         raise UsageError(f"trainer 'torch': RANK {rank} of WORLD_SIZE {world}, LOCAL_RANK {local} of {here}: not so")
     return Launch(rank, world, local, here)
 
@@ -109,6 +109,8 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
             f"trainer 'torch': device 'cuda' is asked for, but torch {torch.__version__} sees no GPU; install a CUDA "
             "build of torch, or set trainer.device to cpu"
         )
+    if torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        local_rank = 0  # the launcher shows each process its own
     if local_rank >= torch.cuda.device_count():
         raise UnsupportedError(
             f"trainer 'torch': local rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}; "
@@ -142,12 +144,11 @@ def join(asked: str, timeout: float) -> torch.device:
             "install a build that has it, or set trainer.device to cpu"
         )
     if not dist.is_initialized():
-        if launch.local_world == launch.world and "lo" in (name for _, name in socket.if_nameindex()):
+        near = launch.local_world == launch.world or os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1")
+        if near and "lo" in (name for _, name in socket.if_nameindex()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks this host's name up; it may be unknown
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(
-            backend, timeout=timedelta(seconds=timeout), device_id=None if device.type == "cpu" else device
-        )
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         if launch.world > 1:
             heartbeat().start()
         atexit.register(_leave)
@@ -161,7 +162,11 @@ def torchrun_line(count: int | str) -> str:
 
 
 def _leave() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """At the process's end. After a failure groups stay as they are: to end them would be to wait for the others."""
+    if not dist.is_initialized():
+        return
+    alone = dist.get_world_size() == 1
+    if not alone:
         heartbeat().stop()
-    if dist.is_initialized() and sys.exc_info()[0] is None:
+    if alone or not heartbeat().failed:
         dist.destroy_process_group()

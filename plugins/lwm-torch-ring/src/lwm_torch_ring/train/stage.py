@@ -16,11 +16,11 @@ from torch import Tensor
 from lwm_core.attention_cost import AttentionShape
 from lwm_core.batch import PackedBatch
 from lwm_core.errors import ShapeError
-from lwm_core.mesh import MESH_AXES, data_ranks, resolve_mesh
+from lwm_core.mesh import data_ranks, resolve_mesh
 from lwm_core.protocols import AttentionAxes, AttentionChoice, Stage, TrainerContext
 from lwm_torch_ring.model.llama import Compute
 from lwm_torch_ring.model.rope import RopeTables, rope_tables
-from lwm_torch_ring.model.sharding import Meshes, check_tensor_parallel, make_meshes
+from lwm_torch_ring.model.sharding import NEAREST_LAST, Meshes, check_tensor_parallel, make_meshes
 from lwm_torch_ring.train.options import TrainerOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,8 +36,8 @@ class Place:
     @property
     def at(self) -> dict[str, int]:
         """The coordinate on each axis."""
-        shape = [self.sizes[axis] for axis in MESH_AXES]
-        return dict(zip(MESH_AXES, map(int, np.unravel_index(self.rank, shape)), strict=True))
+        shape = [self.sizes[axis] for axis in NEAREST_LAST]
+        return dict(zip(NEAREST_LAST, map(int, np.unravel_index(self.rank, shape)), strict=True))
 
     @property
     def data_rank(self) -> tuple[int, int]:
@@ -98,12 +98,12 @@ class StageProgram:
 
 def stage_program(
     options: TrainerOptions, context: TrainerContext, stage: Stage, device: torch.device, rank: int, world: int,
-    before: StageProgram | None,
+    known: dict[tuple[int, ...], Meshes],
 ) -> StageProgram:  # fmt: skip
     """Lay ``stage`` out on the ranks; every rank calls it at the same time.
 
     Args:
-        before: the stage before this one, whose meshes serve on if they are the same.
+        known: meshes that there are already, by their sizes; a new one is added, for groups of ranks stay for good.
 
     Raises:
         ShapeError: the mesh does not fit the ranks, or rows, heads or tokens do not divide over it.
@@ -120,10 +120,10 @@ def stage_program(
             f"stage {stage.name!r}: {micro} rows a micro-batch do not divide over dp x fsdp = {data_ranks(sizes)}; "
             "change batch_tokens, accumulate or the mesh"
         )
-    check_tensor_parallel(model, sizes, stage.seq_len)
+    check_tensor_parallel(model, sizes, stage.seq_len, options.shard_parameters)
     place, dtype = Place(sizes, rank), DTYPES[options.compute_dtype]
-    same = before is not None and before.place.sizes == sizes
-    meshes = before.meshes if same and before else make_meshes(sizes, options.shard_parameters, device)
+    key = tuple(sizes[axis] for axis in NEAREST_LAST)
+    meshes = known[key] if key in known else known.setdefault(key, make_meshes(sizes, options.shard_parameters, device))
     shape = AttentionShape(
         stage.seq_len, model.num_heads, model.num_kv_heads, model.head_dim, micro // data_ranks(sizes), dtype.itemsize
     )

@@ -22,13 +22,13 @@ from lwm_core.model import canonical_shapes
 from lwm_core.protocols import ALONE, Metrics, Processes, Stage, TrainerContext
 from lwm_torch_ring.devices import peak_flops
 from lwm_torch_ring.model.llama import Llama
-from lwm_torch_ring.model.sharding import build, fill, gathered, materialise, named, whole
+from lwm_torch_ring.model.sharding import Gathering, Meshes, build, fill, materialise, named, whole
 from lwm_torch_ring.train.checkpoint import Checkpointer, DcpSave
 from lwm_torch_ring.train.distributed import TorchProcesses, heartbeat, join, torchrun_line
 from lwm_torch_ring.train.heartbeat import naming_the_lost
 from lwm_torch_ring.train.optimizer import AdamW
 from lwm_torch_ring.train.options import TrainerOptions
-from lwm_torch_ring.train.stage import DTYPES, Place, StageProgram, stage_program
+from lwm_torch_ring.train.stage import Place, StageProgram, stage_program
 from lwm_torch_ring.train.step import Losses
 
 
@@ -40,7 +40,10 @@ class TorchTrainer:
         self.device = join(options.device, options.timeout)
         self.processes: Processes = TorchProcesses() if dist.is_initialized() else ALONE
         self.heart = heartbeat() if self.processes.world > 1 else None
+        self._checkpointer = Checkpointer(options.timeout)
         self.model: Llama | None = None
+        self._gathering: Gathering | None = None
+        self._meshes: dict[tuple[int, ...], Meshes] = {}
         self._optimizer: AdamW | None = None
         self._program: StageProgram | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -62,6 +65,13 @@ class TorchTrainer:
         return self.model
 
     @property
+    def gathering(self) -> Gathering:
+        """Of the model's parameters, while it reads."""
+        if self._gathering is None:
+            raise LwmError("trainer 'torch': begin_stage must come first; there are no parameters yet")
+        return self._gathering
+
+    @property
     def stage(self) -> Stage:
         """The stage in hand."""
         return self.current.stage
@@ -75,7 +85,7 @@ class TorchTrainer:
         with naming_the_lost(self.heart):
             begun = stage_program(
                 self.options, self.context, stage, self.device, self.processes.rank, self.processes.world,
-                self._program,
+                self._meshes,
             )  # fmt: skip
             if self.model is None or (self._program is not None and self._program.meshes is not begun.meshes):
                 self._lay_out(begun)
@@ -88,7 +98,8 @@ class TorchTrainer:
     def _lay_out(self, begun: StageProgram) -> None:
         """Make the model on the mesh of ``begun``, with the parameters there are."""
         old, self._optimizer = self.model, None
-        self.model = build(self.context.model, begun.meshes, DTYPES[self.options.compute_dtype])
+        self.model = build(self.context.model, begun.meshes)
+        self._gathering = Gathering(self.model)
         if old is None and self._loaded is None:
             materialise(self.model, self.device, self.context.seed)
             return
@@ -133,14 +144,12 @@ class TorchTrainer:
 
     def evaluate(self, batch: PackedBatch) -> Metrics:
         """The losses of a batch, without a step."""
-        with naming_the_lost(self.heart), torch.no_grad(), gathered(self.network, DTYPES[self.options.compute_dtype]):
-            return self._losses.run(self.current.batch(batch), backward=False)
+        with naming_the_lost(self.heart), torch.no_grad():
+            found = self._losses.run(self.current.batch(batch), backward=False)
+            self.gathering.apart()  # the tables stay together after a forward pass, and may change before the next
+            return found
 
     # -- on disk -------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _checkpointer(self) -> Checkpointer:
-        return Checkpointer()
 
     def _state(self) -> dict[str, Any]:
         assert self._optimizer is not None

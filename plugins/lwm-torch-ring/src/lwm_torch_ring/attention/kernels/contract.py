@@ -1,11 +1,12 @@
 """What computes one tile of attention: the seam behind which kernels are exchanged.
 
 ``fwd(q, k, v, mask) -> (out, lse)`` and ``bwd(do, q, k, v, out, lse) -> (dq, dk, dv)``, where the mask is a
-:class:`~lwm_torch_ring.attention.blocks.Tile` and the backward pass takes ``out`` and ``lse`` over all keys of all
+:class:`~lwm_torch_ring.attention.tiles.Tile` and the backward pass takes ``out`` and ``lse`` over all keys of all
 ranks. lse is natural-log float32; −inf where a query sees nothing of the tile, whose out is 0. The backward pass is
 given +inf, not −inf, where a query sees nothing at all, so that its weights are 0.
 
-Shapes: B rows, c queries and t keys of a tile, H query heads, K key-value heads, D head dim.
+Shapes: B rows, c queries and t keys of a tile, Q queries and T keys of a pack, H query heads, K key-value heads, D head
+dim.
 """
 
 from __future__ import annotations
@@ -15,7 +16,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lwm_torch_ring.attention.blocks import Tile
+from lwm_torch_ring.attention.tiles import Spans, Tile
+
+
+class PackKernel(Protocol):
+    """Attention over many tiles at once, all whole or all on the diagonal, one after the other in the tensors."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, diagonal: bool) -> tuple[Tensor, Tensor]:
+        """out ``[Q,H,D]`` and lse ``[Q,H]`` of ``q [Q,H,D]`` over ``k, v [T,K,D]``."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, diagonal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """These tiles' share of dq ``[Q,H,D]``, dk and dv ``[T,K,D]``."""
+        ...
 
 
 class Kernel(Protocol):
@@ -25,11 +40,13 @@ class Kernel(Protocol):
         name: as the option ``kernel`` has it.
         chunk: longest side of a ragged tile.
         limit: longest side of any tile; none: as long as they come.
+        packed: computes many tiles at once, where it does.
     """
 
     name: str
     chunk: int
     limit: int | None
+    packed: PackKernel | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """out ``[B,c,H,D]`` and lse ``[B,c,H]`` of ``q [B,c,H,D]`` over ``k, v [B,t,K,D]``."""

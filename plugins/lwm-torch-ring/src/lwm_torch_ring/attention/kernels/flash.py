@@ -1,8 +1,11 @@
-"""Kernels ``cpu-flash`` and ``cuda-flash``: whole and diagonal tiles by torch's flash attention, without any mask.
+"""Kernels ``cpu-flash``, ``cuda-flash``, ``cudnn`` and ``flash-attn-3``: whole and diagonal tiles without any mask.
+
+Where a fused attention takes sequences of many lengths, the tiles of packed documents go to it in one call.
 
 A ragged tile goes to it with a float mask where it takes one, and else to the kernel ``math``.
 
-Shapes: B rows, c queries and t keys of a tile, H query heads, K key-value heads, D head dim.
+Shapes: B rows, c queries and t keys of a tile, Q queries and T keys of a pack, H query heads, K key-value heads, D
+head dim.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lwm_torch_ring.attention.blocks import Tile
-from lwm_torch_ring.attention.kernels.aten import Fused
 from lwm_torch_ring.attention.kernels.contract import unseeing, visible
+from lwm_torch_ring.attention.kernels.fused import Fused, Varlen
 from lwm_torch_ring.attention.kernels.math import MathKernel
+from lwm_torch_ring.attention.tiles import Spans, Tile
 
 
 def _bias(tile: Tile, device: torch.device) -> Tensor | None:
@@ -29,13 +32,29 @@ def _bias(tile: Tile, device: torch.device) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class VarlenKernel:
+    """See :class:`~lwm_torch_ring.attention.kernels.contract.PackKernel`."""
+
+    scale: float
+    varlen: Varlen
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, diagonal: bool) -> tuple[Tensor, Tensor]:
+        return self.varlen.forward(q, k, v, spans, self.scale, diagonal)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Spans, diagonal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.varlen.backward(dout, q, k, v, out, lse, spans, self.scale, diagonal)
+
+
+@dataclass(frozen=True)
 class FlashKernel:
     """See :class:`~lwm_torch_ring.attention.kernels.contract.Kernel`.
 
     Args:
         scale: softmax scale.
         chunk: longest side of a ragged tile.
-        fused: torch's flash attention of a device.
+        fused: the fused attention of a device.
     """
 
     scale: float
@@ -47,6 +66,12 @@ class FlashKernel:
     def name(self) -> str:
         """As the option ``kernel`` has it."""
         return self.fused.name
+
+    @property
+    def packed(self) -> VarlenKernel | None:
+        """Where the fused attention takes sequences of many lengths."""
+        varlen = self.fused.varlen
+        return VarlenKernel(self.scale, varlen) if varlen is not None and not varlen.objection() else None
 
     def _plain(self, tile: Tile) -> MathKernel | None:
         """The kernel for tiles that the fused attention does not take."""

@@ -8,12 +8,13 @@ Shapes: B rows, c queries and t keys of a tile, H query heads, K key-value heads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lwm_torch_ring.attention.blocks import Tile
 from lwm_torch_ring.attention.kernels.contract import visible
+from lwm_torch_ring.attention.tiles import Tile
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -44,6 +45,7 @@ class MathKernel:
     scale: float
     chunk: int
     name: str = "math"
+    packed: ClassVar[None] = None
 
     @property
     def limit(self) -> int:
