@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +51,9 @@ DEVICES = {
 }
 """By ``device_kind``, or its beginning."""
 
+_agreed_cpu_flops: list[float] = []
+"""What :func:`agree_on_cpu` was told last."""
+
 HOST_BANDWIDTH = 8e9
 """Bytes a second that all devices of a host's CPU copy between them; an assumption."""
 
@@ -62,9 +66,9 @@ def ensure_devices(count: int) -> None:
     """
     with suppress(RuntimeError):  # JAX has started; what it sees is checked below
         jax.config.update("jax_num_cpu_devices", count)
-    if len(jax.devices()) < count:
+    if len(jax.local_devices()) < count:
         raise ShapeError(
-            f"jax: {count} devices are asked for, but JAX sees {len(jax.devices())}; "
+            f"jax: {count} devices are asked for, but JAX sees {len(jax.local_devices())}; "
             "ask for no more than there are, and before anything else starts JAX"
         )
 
@@ -72,7 +76,7 @@ def ensure_devices(count: int) -> None:
 @cache
 def _measured_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
     """FLOP/s of a float32 matrix product on the whole host: the ceiling that MFU is a share of on a CPU."""
-    x = jax.device_put(jnp.ones((size, size), jnp.float32), jax.devices()[0])
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     best = float("inf")
@@ -83,13 +87,28 @@ def _measured_cpu_flops(size: int = 1024, repeats: int = 5) -> float:
     return 2.0 * size**3 / best
 
 
+def cpu_flops() -> float:
+    """FLOP/s of all hosts whose CPUs stand for devices."""
+    return _agreed_cpu_flops[-1] if _agreed_cpu_flops else _measured_cpu_flops()
+
+
+def agree_on_cpu(share: Callable[[float | None], float], speaks: bool, hosts: int) -> None:
+    """Let processes, each of which would measure something else, take the same of all hosts together.
+
+    Args:
+        share: gives every process what the one that ``speaks`` has measured while the others wait.
+        hosts: that the processes are on.
+    """
+    _agreed_cpu_flops.append(hosts * share(_measured_cpu_flops() if speaks else None))
+
+
 def peak_flops(of_one_device: float | None) -> float | None:
     """Peak FLOP/s of all devices together; None where the chip is unknown and nothing was given."""
     devices = jax.devices()
     if of_one_device is not None:
         return of_one_device * len(devices)
     if devices[0].platform == "cpu":
-        return _measured_cpu_flops()
+        return cpu_flops()
     kind = devices[0].device_kind
     known = _known(kind)
     return known.peak_flops * len(devices) if known else None
@@ -101,13 +120,13 @@ def _known(kind: str) -> DeviceRates | None:
 
 
 def device_rates(device: jax.Device, count: int) -> DeviceRates:
-    """The rates of ``device``; ``count`` devices of a CPU share the host's.
+    """The rates of ``device``; ``count`` devices of CPUs share their hosts'.
 
     Raises:
         UnsupportedError: its kind is not in :data:`DEVICES`.
     """
     if device.platform == "cpu":
-        return DeviceRates(_measured_cpu_flops() / count, HOST_BANDWIDTH / count, None)
+        return DeviceRates(cpu_flops() / count, HOST_BANDWIDTH / count, None)
     known = _known(device.device_kind)
     if known is None:
         raise UnsupportedError(

@@ -28,7 +28,8 @@ from lwm_jax_ring.generate.cache import Cache, attend_cached
 from lwm_jax_ring.generate.sample import sample
 from lwm_jax_ring.model.llama import Compute
 from lwm_jax_ring.model.rope import RopeTables, rope_tables
-from lwm_jax_ring.model.sharding import ROWS, stream_sharding
+from lwm_jax_ring.model.sharding import ROWS, place, stream_sharding
+from lwm_jax_ring.train.heartbeat import naming_the_lost
 
 if TYPE_CHECKING:
     from lwm_jax_ring.train.trainer import JaxTrainer
@@ -54,7 +55,7 @@ class JaxGenerator:
         """New tokens for each prompt; see ``lwm_core.protocols.Generator``."""
         rows: list[list[int]] = [[] for _ in prompts]
         done = [False] * len(prompts)
-        for tokens in self._tokens(prompts, sampling):
+        for tokens in self._drawn(prompts, sampling):
             for b, token in enumerate(tokens):
                 done[b] = done[b] or token in sampling.stop_ids
                 if not done[b]:
@@ -65,7 +66,7 @@ class JaxGenerator:
 
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         """New tokens of one prompt, as they come."""
-        for (token,) in self._tokens([prompt], sampling):
+        for (token,) in self._drawn([prompt], sampling):
             if token in sampling.stop_ids:
                 return
             yield token
@@ -84,11 +85,16 @@ class JaxGenerator:
         segments = (positions < len(ids)).astype(np.int32)
         key = ("score", slots)
         if key not in self._programs:
-            self._programs[key] = jax.jit(partial(self._score, backend))
+            self._programs[key] = jax.jit(partial(self._score, backend), out_shardings=self._everywhere())
         placed = [self._put(x[:, order], P(ROWS, "sp")) for x in (row, targets, segments, positions)]
-        scores = np.asarray(self._programs[key](self._trainer.parameters, self._rope(slots), *placed))
+        with naming_the_lost(self._trainer.heart):
+            scores = np.asarray(self._programs[key](self._trainer.parameters, self._rope(slots), *placed))
         natural = scores[:, backend.layout.inverse(slots)]
         return natural[0, : len(ids) - 1]
+
+    def _drawn(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> Iterator[list[int]]:
+        with naming_the_lost(self._trainer.heart):
+            yield from self._tokens(prompts, sampling)
 
     # -- host side -----------------------------------------------------------------------------------------------
 
@@ -101,7 +107,11 @@ class JaxGenerator:
                 raise ShapeError(f"generate: prompt {number} holds ids outside [0, {size})")
 
     def _put(self, array: Any, spec: P) -> jax.Array:
-        return jax.device_put(array, NamedSharding(self._trainer.mesh, spec))
+        return place(array, NamedSharding(self._trainer.mesh, spec))
+
+    def _everywhere(self) -> NamedSharding | None:
+        """Where results lie that every process reads; one process reads them from wherever they are."""
+        return NamedSharding(self._trainer.mesh, P()) if self._trainer.processes.world > 1 else None
 
     def _backend(self, slots: int) -> Any:
         t = self._trainer
@@ -149,10 +159,11 @@ class JaxGenerator:
     def _compiled(self, rows: int, slots: int, count: int, sampling: SamplingSpec) -> tuple[Any, Any]:
         how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.modality)
         key = ("generate", rows, slots, count, how)
+        out = (self._everywhere(), None)
         if key not in self._programs:
             self._programs[key] = (
-                jax.jit(partial(self._prefill, self._backend(slots), count, sampling)),
-                jax.jit(partial(self._decode, sampling), donate_argnums=2),
+                jax.jit(partial(self._prefill, self._backend(slots), count, sampling), out_shardings=out),
+                jax.jit(partial(self._decode, sampling), donate_argnums=2, out_shardings=out),
             )
         prefill, decode = self._programs[key]
         return prefill, decode

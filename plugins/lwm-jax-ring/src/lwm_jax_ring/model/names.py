@@ -6,9 +6,13 @@ Shapes: L layers; a linear kernel is ``[L, in, out]`` here and ``[out, in]`` a l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lwm_core.errors import CheckpointError
 from lwm_core.model import ModelConfig, canonical_shapes
@@ -36,8 +40,21 @@ def iter_canonical(parameters: Mapping[Path, Any], config: ModelConfig) -> Itera
     for name in canonical_shapes(config):
         path, layer, turned = locate(name)
         leaf = parameters[path]
-        array = np.asarray(leaf if layer is None else leaf[layer])
+        if getattr(leaf, "is_fully_addressable", True):
+            array = np.asarray(leaf if layer is None else leaf[layer])
+        else:  # parts of it lie in other processes, which all come by here
+            array = np.asarray(_whole(leaf.sharding.mesh)(leaf, layer))
         yield name, array.T if turned else array
+
+
+@cache
+def _whole(mesh: Mesh) -> Any:
+    """The jitted (stack, layer) → that layer, or all of it, on every device of ``mesh``."""
+
+    def pick(stack: jax.Array, layer: int | None) -> jax.Array:
+        return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+    return jax.jit(pick, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def stack_canonical(given: Mapping[str, Any], config: ModelConfig, path: Path) -> np.ndarray:

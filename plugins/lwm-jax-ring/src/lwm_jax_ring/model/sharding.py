@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -75,6 +76,27 @@ def gathered(shapes: Any, mesh: Mesh, over: tuple[str, ...]) -> Callable[[Any], 
         lambda _, gradients: (lax.with_sharding_constraint(gradients, apart),),
     )
     return gather
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """An array of the host, the same in every process, or of the devices, laid out so; each process puts its parts."""
+    if sharding.is_fully_addressable or isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def place_rows(array: np.ndarray, sharding: NamedSharding, rank: int, world: int) -> jax.Array:
+    """``world`` times as many rows as ``array`` ``[...,B,S]`` has, of which this process knows those of ``rank``."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    *front, rows, length = array.shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        begin, end, _ = index[-2].indices(world * rows)
+        return array[(*index[:-2], slice(begin - rank * rows, end - rank * rows), index[-1])]
+
+    return jax.make_array_from_callback((*front, world * rows, length), sharding, part)
 
 
 def stream_sharding(mesh: Mesh, hidden_size: int, dims: int = 3) -> NamedSharding:

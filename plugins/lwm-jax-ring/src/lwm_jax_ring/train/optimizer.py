@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -30,10 +31,17 @@ def fresh_state(spec: OptimizerSpec, parameters: Tree, mesh: Mesh) -> Tree:
     state = moments(spec).init(jax.tree.map(lambda p: jnp.zeros((), p.dtype), parameters))
 
     def zeros() -> Tree:
-        return jax.tree.map(lambda p: jax.device_put(jnp.zeros(p.shape, p.dtype), p.sharding), parameters)
+        return jax.tree.map(lambda p: _zeros(p.shape, p.dtype, p.sharding), parameters)
 
-    count = jax.device_put(state.count, NamedSharding(mesh, PartitionSpec()))
+    count = _zeros((), state.count.dtype, NamedSharding(mesh, PartitionSpec()))
     return state._replace(count=count, mu=zeros(), nu=zeros())
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(jnp.zeros(shape, dtype), sharding)
+    part = np.zeros(sharding.shard_shape(shape), dtype)
+    return jax.make_array_from_callback(shape, sharding, lambda _: part)
 
 
 def abstract_state(spec: OptimizerSpec, parameters: Tree, mesh: Mesh) -> Tree:

@@ -28,8 +28,9 @@ class TrainerOptions(BaseModel):
         default_factory=lambda: ["fsdp", "sp"], description="axes that share parameters out beside tp; [] replicates"
     )
     host_devices: int | None = Field(
-        None, gt=0, description="make a CPU stand for this many devices; for trying meshes on one machine"
+        None, gt=0, description="make a process's CPU stand for this many devices; for trying meshes on one machine"
     )
+    join_timeout: int = Field(300, gt=0, description="seconds that the processes of a run wait for each other to come")
     peak_flops: float | None = Field(
         None, gt=0, description="peak FLOP/s of one device, the denominator of MFU; known chips and CPUs need none"
     )

@@ -131,6 +131,27 @@ def stage_program(
     return StageProgram(stage, mesh, attention, backend, program, network.shardings(mesh, options.shard_parameters))
 
 
+def fed_rows(stage: Stage, devices: Sequence[jax.Device], process: int) -> tuple[int, int]:
+    """(rank, world) of the rows that ``process`` feeds, where each feeds what its own devices train on.
+
+    Raises:
+        ShapeError: the mesh does not fit the devices, or deals unequal or overlapping rows to processes.
+    """
+    sizes = resolve_mesh(stage.mesh, len(devices))
+    ranks = data_ranks(sizes)
+    rows = make_mesh(sizes, devices).devices.reshape(ranks, -1)
+    owners = [{device.process_index for device in row} for row in rows]
+    held = {one: [i for i, own in enumerate(owners) if one in own] for one in sorted(set().union(*owners))}
+    count = len(held[process])
+    for one, of in held.items():
+        if len(of) != count or of != list(range(of[0], of[0] + count)) or of[0] % count:
+            raise ShapeError(
+                f"stage {stage.name!r}: mesh {stage.mesh!r} deals rows to {len(held)} processes unevenly (rank {one} "
+                f"holds parts {of} of {ranks}); let dp x fsdp divide the processes, or be a multiple of them"
+            )
+    return held[process][0] // count, ranks // count
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     """The devices as a mesh of the four axes; those of a TPU so that neighbours of an axis are so in its torus."""
     shape = [sizes[axis] for axis in MESH_AXES]
