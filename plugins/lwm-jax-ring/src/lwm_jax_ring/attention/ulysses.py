@@ -27,7 +27,14 @@ def repeat_kv_heads(q: jax.Array, k: jax.Array, v: jax.Array, ranks: int) -> tup
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     times = repeated_kv_heads(heads, kv_heads, ranks) // kv_heads
-    return (jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)) if times > 1 else (k, v)
+    if times == 1:
+        return k, v
+
+    def copies(x: jax.Array) -> jax.Array:
+        # By way of float32, in which the gradients of the copies are added up then.
+        return jnp.repeat(x.astype(jnp.float32), times, axis=2).astype(x.dtype)
+
+    return copies(k), copies(v)
 
 
 def _neighbours(spec: AttentionSpec) -> list[list[int]] | None:

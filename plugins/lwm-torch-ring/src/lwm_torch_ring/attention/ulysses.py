@@ -28,7 +28,14 @@ def repeat_kv_heads(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> tuple[Tensor
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     times = repeated_kv_heads(heads, kv_heads, ranks) // kv_heads
-    return (k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)) if times > 1 else (k, v)
+    if times == 1:
+        return k, v
+
+    def copies(x: Tensor) -> Tensor:
+        # By way of float32, in which the gradients of the copies are added up then.
+        return x.float().repeat_interleave(times, 2).to(x.dtype)
+
+    return copies(k), copies(v)
 
 
 def _to_heads(x: Tensor, inner: Peers) -> Tensor:
