@@ -34,7 +34,7 @@ CHANGED = [(world, mesh, more) for world, mesh, _ in PLAIN for more in MORE.get(
 CASES = PLAIN + CHANGED
 CHUNKS: dict[str, list[dict[str, Any]]] = {
     "1,1,1,1": [{"read_chunk": 16}, {"read_chunk": 33}], "1,1,1,2": [{"read_chunk": 16}],
-    "1,1,1,3": [{"read_chunk": 40}], "1,1,2,2": [{"read_chunk": 16}],
+    "1,1,1,3": [{"read_chunk": 40}], "1,1,2,2": [{"read_chunk": 16}], "1,2,1,1": [{"read_chunk": 16}],
 }  # fmt: skip
 READ = [(world, mesh, more) for world, mesh, _ in PLAIN for more in [{}, *CHUNKS.get(mesh, [])]]
 """Of generation: a prompt at once, and in chunks."""

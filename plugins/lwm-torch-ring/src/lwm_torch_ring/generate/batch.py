@@ -100,6 +100,7 @@ class Rows:
         self.lengths = [0] * count
         self._written = 0
         self._slots: dict[int, Slots] = {}
+        self._tables: dict[int, RopeTables] = {}
 
     @property
     def cache_bytes(self) -> int:
@@ -108,15 +109,20 @@ class Rows:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def read(self, rows: Sequence[Sequence[int]], longest: int | None = None) -> Tensor:
         """Read new tokens of every row, at least one each, in chunks; the logits after the last of each.
+
+        Args:
+            rows: this data rank's.
+            longest: tokens of the longest row of all data ranks, which go through as many chunks together, for they
+                share the parameters; of these rows if none.
 
         Returns:
             ``[B,V]`` float32, the same on all ranks that hold a row.
         """
         chunk = self._trainer.options.read_chunk
         logits: Tensor | None = None
-        for start in range(0, max(map(len, rows)), chunk):
+        for start in range(0, longest or max(map(len, rows)), chunk):
             part = [list(row[start : start + chunk]) for row in rows]
             last = [start < len(row) <= start + chunk for row in rows]
             found = self._chunk(part, last)
@@ -129,7 +135,7 @@ class Rows:
 
     def _chunk(self, rows: Sequence[Sequence[int]], last: Sequence[bool]) -> Tensor:
         """Read a chunk; the logits ``[B,V]`` of the rows whose last token is in it. Of others they mean nothing."""
-        slots = self._slots_for(max(map(len, rows)))
+        slots = self._slots_for(max(1, max(map(len, rows))))
         tokens = np.zeros((self.count, slots.count), np.int32)
         index = np.full((self.count, slots.count), -1, np.int32)
         ending = np.zeros((self.count, slots.count), np.int32)
@@ -179,8 +185,10 @@ class Rows:
         return made
 
     def _rope(self, positions: int) -> RopeTables:
-        t = self._trainer
-        return rope_tables(t.stage.rope, t.context.model.head_dim, rounded(positions, 4096), t.device)
+        t, size = self._trainer, rounded(positions, 4096)
+        if size not in self._tables:
+            self._tables = {size: rope_tables(t.stage.rope, t.context.model.head_dim, size, t.device)}
+        return self._tables[size]
 
     # -- writing -------------------------------------------------------------------------------------------------
 

@@ -67,9 +67,10 @@ class TorchGenerator:
         padded = [*prompts, *[prompts[-1]] * (count * world - len(prompts))]
         first = data * count
         rows, draw = Rows(self._trainer, count), Draw(sampling, ids, len(prompts))
+        mine, longest = padded[first : first + count], max(map(len, prompts))
         with self._trainer.gathering():
             with self._reading():
-                token = self._agreed(draw.tokens(rows.read(padded[first : first + count]), first))
+                token = self._agreed(draw.tokens(rows.read(mine, longest), first))
             for step in range(sampling.max_new_tokens):
                 yield token[: len(prompts)]
                 if step + 1 < sampling.max_new_tokens:
