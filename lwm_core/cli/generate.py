@@ -23,6 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 from all (0)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="draw from the likeliest whose "
                         "probability reaches P (0.95)")  # fmt: skip
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="draw from those at least P times as "
+                        "probable as the likeliest; 0 from all (0)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draw (0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--json", action="store_true", help="print {prompt, text, tokens, tokens_per_second, source}")
@@ -52,6 +54,7 @@ def _write(args: argparse.Namespace, opened: Reopened, model: Model) -> None:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
         stop_ids=tuple(tokenizer.special_ids[role] for role in ("eos",) if role in tokenizer.special_ids),
         seed=args.seed,
     )
@@ -85,6 +88,7 @@ def _check(args: argparse.Namespace) -> None:
         ("temperature", args.temperature >= 0, "0 or more"),
         ("top-k", args.top_k >= 0, "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("min-p", 0 <= args.min_p <= 1, "from 0 to 1"),
         ("prompt", bool(args.prompt), "a text"),
         ("stop", all(args.stop), "a text"),
     ):

@@ -22,6 +22,8 @@ class SamplingSpec:
         temperature: 0 is greedy.
         top_k: keep the k likeliest; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches it.
+        min_p: keep the tokens that are at least so many times as probable as the likeliest (arXiv 2407.01082); 0 keeps
+            all. All of these are taken at the given temperature, top-k first, min-p last.
         stop_ids: ids that end a row; the stop id itself is not returned.
         seed: seed of the draw.
         modality: vocabulary slice that is drawn from.
@@ -31,6 +33,7 @@ class SamplingSpec:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
     modality: str = "text"

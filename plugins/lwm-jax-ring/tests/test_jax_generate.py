@@ -102,7 +102,7 @@ def test_prompts_that_are_no_prompts_are_refused(prompts: list[list[int]], train
         trainer.generator().generate(prompts, SamplingSpec())
 
 
-def _allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
+def _allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
     """The ids that may be drawn, worked out one by one."""
     order = np.argsort(-logits, kind="stable")
     if top_k:
@@ -111,21 +111,25 @@ def _allowed(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -
     weights /= weights.sum()
     kept, reached = set(), 0.0
     for token, weight in zip(order, weights, strict=True):
-        if reached >= top_p:
+        if reached >= top_p or weight < min_p * weights[0]:
             break
         kept.add(int(token))
         reached += weight
     return kept
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (1.0, 3, 1.0), (0.7, 0, 0.6), (2.0, 5, 0.5)])
-def test_sampling_draws_what_may_be_drawn(temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    "temperature,top_k,top_p,min_p",
+    [(1.0, 0, 1.0, 0.0), (1.0, 3, 1.0, 0.0), (0.7, 0, 0.6, 0.0), (2.0, 5, 0.5, 0.0), (1.0, 0, 1.0, 0.2),
+     (2.0, 5, 0.9, 0.5)],
+)  # fmt: skip
+def test_sampling_draws_what_may_be_drawn(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Every allowed id comes, no other does, in about the right shares."""
     logits = np.random.default_rng(0).standard_normal(12).astype(np.float32) * 1.5
-    spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p)
+    spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     draws = sample(jnp.tile(logits, (20_000, 1)), jax.random.key(0), spec)
     counts = np.bincount(np.asarray(draws), minlength=12)
-    allowed = _allowed(logits, temperature, top_k, top_p)
+    allowed = _allowed(logits, temperature, top_k, top_p, min_p)
     weights = np.array([np.exp(logits[i] / temperature) if i in allowed else 0.0 for i in range(12)])
     shares = weights / weights.sum()
     assert set(np.flatnonzero(counts)) <= allowed

@@ -270,12 +270,16 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
         join("auto", 1.0)
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 5), (2, 1.0, 2), (0, 0.6, 2), (3, 0.95, 3), (1, 1.0, 1)])
-def test_draws_follow_the_distribution(top_k: int, top_p: float, kept: int) -> None:
-    """Of evenly spread draws each id gets its share, and none beyond top-k and top-p."""
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "kept"),
+    [(0, 1.0, 0.0, 5), (2, 1.0, 0.0, 2), (0, 0.6, 0.0, 2), (3, 0.95, 0.0, 3), (1, 1.0, 0.0, 1), (0, 1.0, 0.3, 3),
+     (0, 0.6, 0.3, 2), (0, 1.0, 1.0, 1)],
+)  # fmt: skip
+def test_draws_follow_the_distribution(top_k: int, top_p: float, min_p: float, kept: int) -> None:
+    """Of evenly spread draws each id gets its share, and none beyond top-k, top-p and min-p."""
     weights = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    spec = SamplingSpec(1, temperature=1.0, top_k=top_k, top_p=top_p)
+    spec = SamplingSpec(1, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     drawn = sample(weights.log().expand(20_000, 5), uniform, spec)
     best = weights.sort(descending=True).indices[:kept]
     expected = torch.zeros(5).index_add(0, best, weights[best] / weights[best].sum())

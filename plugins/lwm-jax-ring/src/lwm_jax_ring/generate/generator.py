@@ -157,7 +157,7 @@ class JaxGenerator:
                                       jax.random.fold_in(key, step + 1))  # fmt: skip
 
     def _compiled(self, rows: int, slots: int, count: int, sampling: SamplingSpec) -> tuple[Any, Any]:
-        how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.modality)
+        how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.modality)
         key = ("generate", rows, slots, count, how)
         out = (self._everywhere(), None)
         if key not in self._programs:

@@ -5,6 +5,8 @@ Shapes: B rows, V ids.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,10 +14,11 @@ from lwm_core.protocols import SamplingSpec
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: SamplingSpec) -> jax.Array:
-    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k and top-p.
+    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k, top-p and min-p.
 
     Top-k comes first; top-p then keeps the smallest set of likeliest ids whose probability, at the given temperature,
-    reaches it (arXiv 1904.09751). The likeliest id is always kept.
+    reaches it (arXiv 1904.09751); min-p those at least so many times as probable as the likeliest (arXiv 2407.01082),
+    which is always kept.
 
     Returns:
         ``[B]`` int32.
@@ -32,5 +35,8 @@ def sample(logits: jax.Array, key: jax.Array, sampling: SamplingSpec) -> jax.Arr
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = (before < sampling.top_p).sum(axis=-1, keepdims=True)
         least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p > 0.0:
+        least = logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -5,6 +5,8 @@ Shapes: B rows, V ids.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,11 @@ from lwm_core.protocols import SamplingSpec
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: SamplingSpec) -> Tensor:
-    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k and top-p.
+    """Draw one id a row from ``logits [B,V]`` float32: greedy at temperature 0, else within top-k, top-p and min-p.
 
     Top-k comes first; top-p then keeps the smallest set of likeliest ids whose probability, at the given temperature,
-    reaches it (arXiv 1904.09751). The likeliest id is always kept.
+    reaches it (arXiv 1904.09751); min-p those at least so many times as probable as the likeliest (arXiv 2407.01082),
+    which is always kept.
 
     Args:
         uniform: ``[B]`` from [0, 1): the draw, by which the inverse of the distribution function gives the id.
@@ -35,6 +38,8 @@ def sample(logits: Tensor, uniform: Tensor, sampling: SamplingSpec) -> Tensor:
         before = probabilities.cumsum(dim=-1) - probabilities
         kept = (before < sampling.top_p).sum(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
+    if sampling.min_p > 0.0:
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -torch.inf)
     reached = logits.softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.searchsorted(reached, (uniform.to(reached) * reached[:, -1])[:, None], right=True)[:, 0]
     # A draw at the very top of the sum must not fall on an id beyond the last that is possible.
