@@ -32,7 +32,10 @@ def test_help_is_within_its_budget_and_a_heavy_plugin_costs_it_nothing(
     site = tmp_path / "poison"
     kinds = ("trainer", "attention", "hooks", "cli", "eval")
     planted(site, "lwm-poison", {f"lwm.{kind}.v1": {"poison": "lwm_poison:spec"} for kind in kinds})
-    heavy = "import time, pathlib\nend = time.process_time() + 3\nwhile time.process_time() < end:\n    pass\npathlib.Path(__file__ + '.ran').touch()\n"
+    heavy = (
+        "import time, pathlib\nend = time.process_time() + 3\nwhile time.process_time() < end:\n    pass\n"
+        "pathlib.Path(__file__ + '.ran').touch()\n"
+    )
     (site / "lwm_poison.py").write_text(heavy)
     bare = best("pass", lwm.env)
     clean = best(HELP, lwm.env)
