@@ -367,9 +367,9 @@ def test_flash_attention_3_is_bound_by_the_names_of_its_arguments(
 
 def test_flash_attention_3_as_operators_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package registers its functions as operators, whose names are in a schema."""
-    from torch.library import custom_op
+    from torch import library
 
-    @custom_op("lwm_test_flash3::forward", mutates_args=())
+    @library.custom_op("lwm_test_flash3::forward", mutates_args=())
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qv: torch.Tensor | None = None,
         cu_seqlens_q: torch.Tensor | None = None, cu_seqlens_k: torch.Tensor | None = None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from lwm_core.errors import UnsupportedError
 from lwm_torch_ring.attention.accumulate import Saved
@@ -22,7 +22,7 @@ from lwm_torch_ring.attention.spec import AttentionSpec
 FORWARD, BACKWARD, EXCHANGE = (f"lwm_torch_ring::{name}" for name in ("attention", "attention_backward", "exchange"))
 
 
-@torch.library.custom_op(
+@library.custom_op(
     FORWARD,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? segments, str spec) -> (Tensor, Tensor)",
@@ -38,7 +38,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, spec: str) -> tu
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     BACKWARD,
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? segments, Tensor out, Tensor lse, str spec)"
@@ -84,7 +84,7 @@ _forward.register_autograd(_pull_back, setup_context=_save)
 _backward.register_autograd(_no_second_order)
 
 
-@torch.library.custom_op(EXCHANGE, mutates_args=(), schema="(Tensor x, str peers) -> Tensor")
+@library.custom_op(EXCHANGE, mutates_args=(), schema="(Tensor x, str peers) -> Tensor")
 def exchange(x: Tensor, peers: str) -> Tensor:
     """``[n, ...]``, part i for rank i of ``peers`` → ``[n, ...]``, part i from rank i; differentiable."""
     return Peers.of(peers).exchange(x.contiguous())

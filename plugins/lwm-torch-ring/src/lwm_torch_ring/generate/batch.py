@@ -102,11 +102,6 @@ class Rows:
         self._slots: dict[int, Slots] = {}
         self._tables: dict[int, RopeTables] = {}
 
-    @property
-    def cache_bytes(self) -> int:
-        """Of this rank's part of the cache."""
-        return sum(layer.bytes for layer in self._layers)
-
     # -- reading -------------------------------------------------------------------------------------------------
 
     def read(self, rows: Sequence[Sequence[int]], longest: int | None = None) -> Tensor:

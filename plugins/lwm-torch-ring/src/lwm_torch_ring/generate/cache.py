@@ -123,11 +123,6 @@ class LayerCache:
         """Slots in use of each row."""
         return self.k.used
 
-    @property
-    def bytes(self) -> int:
-        """What they take."""
-        return self.k.bytes + self.v.bytes
-
     def add(self, k: Tensor, v: Tensor, chosen: Sequence[Tensor | None]) -> None:
         """Put away the chosen slots of ``k, v [B, c, K, D]``; see :meth:`Rows.add`."""
         self.k.add(k, chosen)
