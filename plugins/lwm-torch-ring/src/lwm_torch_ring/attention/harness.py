@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import ShapeError
 from lwm_torch_ring.attention.options import AttentionOptions
-from lwm_torch_ring.attention.ranks import rank_pool
+from lwm_torch_ring.attention.ranks import RankError, rank_pool
 from lwm_torch_ring.attention.strategies import sequence_layout
 
 
@@ -23,6 +23,19 @@ class TorchRingHarness:
 
     def __init__(self, options: AttentionOptions, world: int) -> None:
         self.options, self.world = options, world
+
+    def _resolved(self, q: NDArray[Any], k: NDArray[Any], mask: AttentionMask) -> AttentionOptions:
+        """What the ranks, who measure for themselves, make of strategy ``auto``: the layout depends on it."""
+        if self.options.strategy != "auto":
+            return self.options
+        (rows, seq_len, heads, head_dim), kv_heads = q.shape, k.shape[2]
+        shape = {"seq_len": seq_len, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "rows": rows}
+        shape["element_bytes"] = q.itemsize
+        header = {"do": "resolve", "options": self.options.model_dump_json(), "mask": asdict(mask), "shape": shape}
+        told = {reply["options"] for reply, _ in rank_pool(self.world).ask(header, [{}] * self.world)}
+        if len(told) != 1:
+            raise RankError(f"torch-ring: the ranks chose apart: {' and '.join(sorted(told))}")
+        return AttentionOptions.model_validate_json(told.pop())
 
     def _ask(
         self, do: str, mask: AttentionMask, arrays: dict[str, NDArray[Any]], segments: NDArray[Any] | None
@@ -33,12 +46,13 @@ class TorchRingHarness:
         if len(lengths) != 1:
             raise ShapeError(f"torch-ring: arrays of {sorted(lengths)} tokens do not fit together; expected one length")
         (seq_len,) = lengths
-        layout = sequence_layout(self.options, seq_len, self.world)
+        options = self._resolved(arrays["q"], arrays["k"], mask)
+        layout = sequence_layout(options, seq_len, self.world)
         order, inverse = layout.permutation(seq_len), layout.inverse(seq_len)
         dealt = {name: np.split(array[:, order], self.world, axis=1) for name, array in arrays.items()}
-        header = {"do": do, "options": self.options.model_dump_json(), "mask": asdict(mask), "seq_len": seq_len}
+        header = {"do": do, "options": options.model_dump_json(), "mask": asdict(mask), "seq_len": seq_len}
         shards = [{name: parts[rank] for name, parts in dealt.items()} for rank in range(self.world)]
-        replies = rank_pool(self.world).ask(header, shards)
+        replies = [reply for _, reply in rank_pool(self.world).ask(header, shards)]
         return {name: np.concatenate([reply[name] for reply in replies], axis=1)[:, inverse] for name in replies[0]}
 
     def forward(

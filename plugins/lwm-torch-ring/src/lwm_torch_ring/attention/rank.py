@@ -56,22 +56,27 @@ class RankDesk:
         self._mesh = init_device_mesh("cpu", (1, 1, 1, world), mesh_dim_names=MESH_AXES)
         self._backends: dict[str, TorchRing] = {}
 
-    def _backend(self, table: str, seq_len: int, q: Tensor, k: Tensor) -> TorchRing:
-        key = f"{table} {seq_len} {tuple(q.shape)} {tuple(k.shape)} {q.dtype}"
+    def _backend(self, table: str, seq_len: int) -> TorchRing:
+        key = f"{table} {seq_len}"
         if key not in self._backends:
             options = AttentionOptions.model_validate_json(table)
-            if options.strategy == "auto":
-                shape = AttentionShape(seq_len, q.shape[2], k.shape[2], q.shape[3], q.shape[0], q.element_size())
-                options = factory.resolve(options, shape, self._mesh, AXES).options
             self._backends[key] = factory.build(options, self._mesh, AXES, seq_len)
         return self._backends[key]
 
-    def answer(self, header: wire.Header, arrays: wire.Arrays) -> wire.Arrays:
-        """Do what a request asks and return the arrays of the reply."""
+    def answer(self, header: wire.Header, arrays: wire.Arrays) -> tuple[wire.Header, wire.Arrays]:
+        """Do what a request asks and return the reply."""
+        if header["do"] == "resolve":
+            options = AttentionOptions.model_validate_json(header["options"])
+            shape = AttentionShape(**header["shape"], mask=AttentionMask(**header["mask"]))
+            choice = factory.resolve(options, shape, self._mesh, AXES)
+            return {"options": choice.options.model_dump_json()}, {}
+        return {}, self._attend(header, arrays)
+
+    def _attend(self, header: wire.Header, arrays: wire.Arrays) -> wire.Arrays:
         mask = AttentionMask(**header["mask"])
         given = {name: to_torch(array) for name, array in arrays.items()}
         q, k, v, segments = given["q"], given["k"], given["v"], given.get("segment_ids")
-        backend = self._backend(header["options"], header["seq_len"], q, k)
+        backend = self._backend(header["options"], header["seq_len"])
         if header["do"] == "forward":
             with torch.no_grad():
                 out, lse = backend.forward(q, k, v, mask, segments)
@@ -90,7 +95,7 @@ def serve(source: BinaryIO, sink: BinaryIO, desk: RankDesk) -> None:
         except Exception as error:  # whatever happens is told to the harness, which raises it there
             wire.send(sink, {"error": describe(error)})
         else:
-            wire.send(sink, {}, reply)
+            wire.send(sink, *reply)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class RankPool:
         """Whether all ranks run."""
         return all(process.poll() is None for process in self.processes)
 
-    def ask(self, header: Mapping[str, Any], shards: Sequence[wire.Arrays]) -> list[wire.Arrays]:
+    def ask(self, header: Mapping[str, Any], shards: Sequence[wire.Arrays]) -> list[Reply]:
         """Send every rank its request and return their replies in order.
 
         Raises:
@@ -97,7 +97,7 @@ class RankPool:
             if not (told_alike and isinstance(failure, (UnsupportedError, ShapeError))):
                 self.close()
             raise failure
-        return [cast(Reply, replies[rank])[1] for rank in range(self.world)]
+        return [cast(Reply, replies[rank]) for rank in range(self.world)]
 
     def _failure(self, replies: Mapping[int, Reply | None], do: str) -> LwmError | None:
         """What to raise: a death before an error, an error before what it brought on others, silence last."""
