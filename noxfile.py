@@ -95,6 +95,7 @@ def lint(session: nox.Session) -> None:
     # The contracts read the plugins' source; what the plugins depend on is not imported for that.
     session.install("--no-deps", *editable(*PLUGINS))
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("lint-imports")
 

@@ -1,8 +1,8 @@
 """Checkpoints on disk: a folder a step, its manifest written last. Without a good manifest it does not exist.
 
-    checkpoints/step_N/trainer/       the trainer's own files
-    checkpoints/step_N/state.json     where the run stands
-    checkpoints/step_N/manifest.json  size and SHA-256 of every other file
+checkpoints/step_N/trainer/       the trainer's own files
+checkpoints/step_N/state.json     where the run stands
+checkpoints/step_N/manifest.json  size and SHA-256 of every other file
 """
 
 from __future__ import annotations

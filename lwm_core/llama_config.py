@@ -115,9 +115,7 @@ def _theta(values: Mapping[str, Any]) -> float:
 
 def _own_rope(values: Mapping[str, Any], own: Mapping[str, Any]) -> RopeSpec:
     factors = own.get("rope_factors")
-    return RopeSpec(
-        _theta(values), None if factors is None else tuple(factors), own.get("rope_attention_factor", 1.0)
-    )
+    return RopeSpec(_theta(values), None if factors is None else tuple(factors), own.get("rope_attention_factor", 1.0))
 
 
 def _rope(path: Path, values: Mapping[str, Any], head_dim: int) -> RopeSpec:

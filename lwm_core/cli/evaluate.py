@@ -49,9 +49,7 @@ def run_eval(args: argparse.Namespace) -> int:
     progress = make_progress(1, quiet=args.quiet)
     try:
         with locked(processes, opened.folder), signals_heard(progress.note) as stop:
-            evaluator = Evaluator(
-                opened.pipeline, opened.trainer, data, suites, opened.folder, progress, stop
-            )
+            evaluator = Evaluator(opened.pipeline, opened.trainer, data, suites, opened.folder, progress, stop)
             results = evaluator.run(opened.stage.name)
     except StoppedError as stopped:
         if processes.rank > 0:

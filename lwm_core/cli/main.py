@@ -42,9 +42,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[a
     )
     parser.add_argument("--version", action="version", version=f"lwm {lwm_core.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(
-        title="verbs", metavar="VERB", dest="verb", parser_class=argparse.ArgumentParser
-    )
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", parser_class=argparse.ArgumentParser)
     for name in VERBS:
         import_module(f"lwm_core.cli.{name}").add_parser(subparsers)
     return parser, subparsers
@@ -140,9 +138,7 @@ def _plugin_verbs() -> dict[str, str]:
     return {c.name: c.origin for c in candidates if c.state == "available"}
 
 
-def _add_plugin_verb(
-    verb: str, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
-) -> None:
+def _add_plugin_verb(verb: str, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Load the plugin that brings ``verb``, if one does; else argparse says that there is no such verb."""
     from lwm_core.registry import Registry
 

@@ -61,7 +61,7 @@ def _start(launch: Launch) -> list[str]:
         words = shlex.join(launch.torchrun("ENDPOINT")).replace("ENDPOINT", endpoint)
         task = f'{words} "${{run[@]}}"'
     else:
-        task = "bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec \"$@\"' task \"${run[@]}\""
+        task = 'bash -c \'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS exec "$@"\' task "${run[@]}"'
         if launch.framework == "jax":
             exports.append(f"export JAX_COORDINATOR_ADDRESS={endpoint}")
         else:

@@ -156,9 +156,7 @@ def _tokenizer_table(loaded: LoadedConfig, weights: WeightsBundle | None) -> Plu
 class _Check:
     """Finds and validates plugins one at a time; what is wrong goes to ``problems``."""
 
-    def __init__(
-        self, loaded: LoadedConfig, registry: Registry, select: Select | None, problems: Problems
-    ) -> None:
+    def __init__(self, loaded: LoadedConfig, registry: Registry, select: Select | None, problems: Problems) -> None:
         self._loaded = loaded
         self._registry = registry
         self._select = select
@@ -232,9 +230,7 @@ class _Check:
             return None, None
         return cast(WeightsBundle, bundle), choice
 
-    def _choose(
-        self, kind: str, name: str, path: KeyPath, wanted: Mapping[str, object] | None
-    ) -> Choice | None:
+    def _choose(self, kind: str, name: str, path: KeyPath, wanted: Mapping[str, object] | None) -> Choice | None:
         try:
             return self._registry.choose(kind, name, wanted, select=self._select)
         except (PluginError, UsageError, NotImplementedError) as error:

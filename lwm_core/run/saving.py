@@ -36,9 +36,7 @@ class Saver:
         committed: told the path of each when it is complete, on rank 0 in the thread that calls the saver.
     """
 
-    def __init__(
-        self, processes: Processes, checkpoints: Path, keep: int, committed: Callable[[Path], None]
-    ) -> None:
+    def __init__(self, processes: Processes, checkpoints: Path, keep: int, committed: Callable[[Path], None]) -> None:
         self._processes = processes
         self._checkpoints = checkpoints
         self._keep = keep

@@ -198,9 +198,7 @@ def _execute(
     began = time.time()
     try:
         with signals_heard(progress.note) as stop:
-            evaluator = Evaluator(
-                pipeline, parts.trainer, parts.evaluator_data, parts.suites, folder, progress, stop
-            )
+            evaluator = Evaluator(pipeline, parts.trainer, parts.evaluator_data, parts.suites, folder, progress, stop)
             loop = Loop(
                 pipeline, parts.trainer, parts.feeds, folder, run, hooks, evaluator, progress, stop, parts.peak_flops
             )

@@ -33,7 +33,10 @@ RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "attention-gpu-torc
 PARTS: dict[str, Part] = {
     part.name: part
     for module in (
-        attention_gpu_torch_ring, attention_gpu_torch_packed, attention_gpu_torch_step, attention_gpu_torch_million,
+        attention_gpu_torch_ring,
+        attention_gpu_torch_packed,
+        attention_gpu_torch_step,
+        attention_gpu_torch_million,
     )
     for part in module.PARTS
 }

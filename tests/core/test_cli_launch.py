@@ -53,9 +53,7 @@ def printed(lwm: Any, *words: str) -> dict[str, Any]:
 
 def kubernetes(text: str, env: dict[str, str]) -> str:
     """``$(NAME)`` and ``$$`` in a container's arguments, by the reference of its API."""
-    return re.sub(
-        r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else env.get(m[1], m[0]), text
-    )
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda m: "$" if m[0] == "$$" else env.get(m[1], m[0]), text)
 
 
 def shims(folder: Path, **scripts: str) -> Path:

@@ -65,7 +65,7 @@ def test_a_schedule_comes_from_a_context_plugin(tmp_path: Path, small: Write) ->
 
 def test_every_mistake_in_every_table_is_told_at_once(tmp_path: Path, small: Write) -> None:
     path = small(trainer="step_second = 1, devices = 0", evals='{name = "tally", samples = "many"}')
-    text = path.read_text().replace('path = "shipped:genesis"', 'path = 3, heldout = 0.5')
+    text = path.read_text().replace('path = "shipped:genesis"', "path = 3, heldout = 0.5")
     path.write_text(text.replace('attention = { name = "standin" }', 'attention = { name = "standing" }'))
     found = problems(path)
     lines = {n: line for n, line in enumerate(text.splitlines(), 1)}

@@ -198,9 +198,7 @@ def test_a_damaged_file_is_refused_and_a_pickle_never_loaded(tmp_path: Path, dam
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(
-            {"truncated": path.read_bytes()[:-1], "pickle": pickle.dumps({"a": 1}), "empty": b""}[damage]
-        )
+        path.write_bytes({"truncated": path.read_bytes()[:-1], "pickle": pickle.dumps({"a": 1}), "empty": b""}[damage])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_model_folder(tmp_path)
 

@@ -187,9 +187,7 @@ def test_short_documents_of_many_lengths(kernel: str, groups: int) -> None:
     mask = AttentionMask("causal")
     for layout in LAYOUTS:
         dealt = SequenceLayout(layout, 4)
-        compare(
-            *(played(name, arrays, dealt, mask, ids) for name in (kernel, "math")), oracle(arrays, mask, ids)
-        )
+        compare(*(played(name, arrays, dealt, mask, ids) for name in (kernel, "math")), oracle(arrays, mask, ids))
 
 
 @pytest.mark.parametrize("lengths", [[1] * 5, [1, 7, 2, 130]])

@@ -108,7 +108,7 @@ WRONG = {
     '-s context.mesh="1,1,3,1"': "needs 3 devices, but 4 are here",
     "-s context.lengths=[250,512]": "250",
     "-s data.sources.text.corpus=kjw": "error: -s data.sources.text.corpus=kjw: expected 'kjv', got 'kjw'",
-    "-s data.sources.text={kind=\"text\",path=\"nowhere.txt\"}": "nowhere.txt",
+    '-s data.sources.text={kind="text",path="nowhere.txt"}': "nowhere.txt",
 }
 
 

@@ -73,9 +73,7 @@ def same_in_the_end(whole: Path, killed: Path, exact_rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_runs_end_bit_for_bit_as_an_undisturbed_one(
-    lwm: Any, small: Write, exact_rows: Rows, seed: int
-) -> None:
+def test_killed_runs_end_bit_for_bit_as_an_undisturbed_one(lwm: Any, small: Write, exact_rows: Rows, seed: int) -> None:
     path = small(trainer=SLOW, evals=EVALS)
     assert lwm("run", str(path), "--out", "whole").returncode == 0
     assert kill_until_done(lwm, path, lwm.cwd / "killed", seed, most=4) >= 2

@@ -26,9 +26,7 @@ def best(code: str, env: Mapping[str, str], tries: int = 9) -> float:
     return min(times)
 
 
-def test_help_is_within_its_budget_and_a_heavy_plugin_costs_it_nothing(
-    lwm: Any, tmp_path: Path, planted: Any
-) -> None:
+def test_help_is_within_its_budget_and_a_heavy_plugin_costs_it_nothing(lwm: Any, tmp_path: Path, planted: Any) -> None:
     site = tmp_path / "poison"
     kinds = ("trainer", "attention", "hooks", "cli", "eval")
     planted(site, "lwm-poison", {f"lwm.{kind}.v1": {"poison": "lwm_poison:spec"} for kind in kinds})

@@ -130,9 +130,7 @@ def test_a_rank_killed_at_random_ends_the_others_and_the_run_goes_on_bit_for_bit
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_world_with_the_same_data(
-    everything: Any, tmp_path: Path, exact_rows: Rows
-) -> None:
+def test_a_run_goes_on_in_another_world_with_the_same_data(everything: Any, tmp_path: Path, exact_rows: Rows) -> None:
     """Stopped by a signal on two ranks, resumed on one: the same losses as alone from the beginning, to rounding."""
     run(everything, 1, "run", "extend.toml", "--out", "alone")
     processes = start(everything, 2, "run", "extend.toml", "--out", "both")
@@ -177,9 +175,7 @@ def test_wrong_use_is_one_clear_error(world: int, override: str, everything: Any
 @pytest.mark.slow
 def test_torchrun_starts_it(everything: Any, tmp_path: Path) -> None:
     """The launcher itself, with the command as the how-to has it."""
-    (tmp_path / "lwm").write_text(
-        f"#!{sys.executable}\nimport sys\nfrom lwm_core.cli import main\nsys.exit(main())\n"
-    )
+    (tmp_path / "lwm").write_text(f"#!{sys.executable}\nimport sys\nfrom lwm_core.cli import main\nsys.exit(main())\n")
     (tmp_path / "lwm").chmod(0o755)
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", str(tmp_path / "lwm"), "run",
              "extend.toml", "--out", "out", "-s", "context.tokens=[2048,2048]", "-s", "evals=[]", "--json"]  # fmt: skip

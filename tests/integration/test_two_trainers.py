@@ -27,9 +27,7 @@ SEQ_LEN, ROWS, STEPS = 96, 4, 20
 ROPE = RopeSpec(1e6)
 STAGE = Stage("s", SEQ_LEN, ROPE, STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, lr=2e-3, min_lr=1e-4, lr_schedule="cosine",
               warmup_steps=4, accumulate=2, mesh="1,1,1,-1")  # fmt: skip
-MODEL = preset(
-    "tiny", Vocabulary(100, 20, 16), hidden_size=64, intermediate_size=96, num_layers=2, qkv_bias=True
-)
+MODEL = preset("tiny", Vocabulary(100, 20, 16), hidden_size=64, intermediate_size=96, num_layers=2, qkv_bias=True)
 
 
 def batches() -> list[PackedBatch]:

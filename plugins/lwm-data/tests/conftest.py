@@ -45,9 +45,7 @@ def plain_tokenizer() -> PlainTokenizer:
 def open_source(tmp_path: Path) -> Callable[..., MixSource]:
     """``open_source(sources, seed=0, tokenizer=bytes, **other options)``; paths start in ``tmp_path``."""
 
-    def build(
-        sources: dict[str, Any], seed: int = 0, tokenizer: Tokenizer | None = None, **options: Any
-    ) -> MixSource:
+    def build(sources: dict[str, Any], seed: int = 0, tokenizer: Tokenizer | None = None, **options: Any) -> MixSource:
         used = tokenizer or BytesTokenizer()
         context = DataContext(used, Vocabulary(used.size), seed, tmp_path)
         return open_mix(MixOptions.model_validate({"sources": sources, **options}), context)

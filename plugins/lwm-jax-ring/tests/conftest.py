@@ -17,6 +17,7 @@ from lwm_core.vocab import Vocabulary
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
     """Two layers, grouped heads, both modalities."""

@@ -119,4 +119,3 @@ def test_a_million_tokens_train_on_the_papers_machine() -> None:
     ranks = 4
     assert found["kernels"]["attention_block_forward"] == LAYERS * ranks
     assert found["kernels"]["attention_block_dkv"] == LAYERS * ranks
-

@@ -59,9 +59,7 @@ def test_eight_bits_halve_sixteen() -> None:
 def noisy(**options: Any) -> Any:
     trainer = make_trainer(**options)
     random = np.random.default_rng(5)
-    trainer.load_parameters(
-        {name: x + 0.1 * random.standard_normal(x.shape) for name, x in trainer.iter_parameters()}
-    )
+    trainer.load_parameters({name: x + 0.1 * random.standard_normal(x.shape) for name, x in trainer.iter_parameters()})
     return trainer
 
 

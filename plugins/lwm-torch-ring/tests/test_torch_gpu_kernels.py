@@ -352,9 +352,7 @@ def test_the_varlen_operator_is_known_in_all_its_versions(more: str) -> None:
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_flash_attention_3_is_bound_by_the_names_of_its_arguments(
-    monkeypatch: pytest.MonkeyPatch, older: bool
-) -> None:
+def test_flash_attention_3_is_bound_by_the_names_of_its_arguments(monkeypatch: pytest.MonkeyPatch, older: bool) -> None:
     """Today's and those of its first betas; another is told apart."""
     interpreted(monkeypatch, older=older)
     got, expected = _one(Flash3())

@@ -23,7 +23,6 @@ def normal(seed: int, *shape: int) -> Any:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-
 @pytest.mark.slow
 def test_a_rank_that_dies_is_one_error_that_names_it() -> None:
     """The others do not hang, and the next call starts afresh."""

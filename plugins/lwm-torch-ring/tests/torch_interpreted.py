@@ -186,6 +186,7 @@ class Interpreter:
 
     def _plan(self, way: str, keyed: tuple[Tensor, ...], causal: bool, read: tuple[Tensor, ...]) -> None:
         """torch keeps a plan by these, with the strides of all that it first met."""
+
         def strides(x: Tensor) -> tuple[int, ...]:
             return tuple(step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
 

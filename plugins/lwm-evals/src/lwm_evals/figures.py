@@ -127,8 +127,13 @@ def accuracy_by_length(summary: Rows) -> Figure:
 
 
 def curve(
-    stages: Sequence[tuple[str, Sequence[float], Sequence[float]]], label: str, *, size: tuple[float, float],
-    smooth: bool = False, named: bool = False, from_zero: bool = False,
+    stages: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    label: str,
+    *,
+    size: tuple[float, float],
+    smooth: bool = False,
+    named: bool = False,
+    from_zero: bool = False,
 ) -> Figure:
     """Values over tokens seen, a band a stage: raw values pale, and smoothed within each stage where asked.
 

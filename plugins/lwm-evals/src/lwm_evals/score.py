@@ -75,10 +75,7 @@ def score(log_likelihoods: NDArray[np.float32], text_bytes: int) -> Score:
     """The score of ``log_likelihoods [N-1]``, natural logarithms, of a text of ``text_bytes`` bytes."""
     nats = -log_likelihoods.astype(np.float64)
     cuts = edges(len(nats) + 1)
-    bands = tuple(
-        Band(start, stop, float(nats[start - 1 : stop - 1].mean()))
-        for start, stop in pairwise(cuts)
-    )
+    bands = tuple(Band(start, stop, float(nats[start - 1 : stop - 1].mean())) for start, stop in pairwise(cuts))
     return Score(len(nats) + 1, float(nats.mean()), float(nats.sum()) / log(2) / max(1, text_bytes), bands)
 
 

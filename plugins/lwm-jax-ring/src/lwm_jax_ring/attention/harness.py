@@ -90,5 +90,3 @@ class JaxRingHarness:
     def close(self) -> None:
         """Drop the compiled programs."""
         self._compiled.clear()
-
-

@@ -65,9 +65,7 @@ def _exchanged(
     return _to_heads(q, spec), _to_heads(k, spec), _to_heads(v, spec), segments
 
 
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, spec: AttentionSpec
-) -> jax.Array:
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, spec: AttentionSpec) -> jax.Array:
     return _to_tokens(RING.attention(*_exchanged(q, k, v, segments, spec), spec), spec)
 
 

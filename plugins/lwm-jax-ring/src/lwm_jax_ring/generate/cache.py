@@ -23,9 +23,7 @@ class Cache(NamedTuple):
     new_v: jax.Array  # [L, B, N, K, D]
 
 
-def attend_cached(
-    q: jax.Array, layer: tuple[jax.Array, ...], prompt_index: jax.Array, step: jax.Array
-) -> jax.Array:
+def attend_cached(q: jax.Array, layer: tuple[jax.Array, ...], prompt_index: jax.Array, step: jax.Array) -> jax.Array:
     """One query a row over a layer's prompt and its new tokens up to and including ``step``.
 
     Args:

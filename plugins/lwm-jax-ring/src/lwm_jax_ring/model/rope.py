@@ -45,8 +45,7 @@ def rope_angles(tables: RopeTables, positions: jax.Array) -> tuple[jax.Array, ja
     """cos and sin ``[B,S,D/2]`` float32 for ``positions [B,S]`` int32, times the attention factor."""
     at_low, at_high = positions % LOW, positions // LOW
     cl, sl, ch, sh = (
-        jnp.asarray(table)[at]
-        for table, at in zip(tables, (at_low, at_low, at_high, at_high), strict=True)
+        jnp.asarray(table)[at] for table, at in zip(tables, (at_low, at_low, at_high, at_high), strict=True)
     )
     return ch * cl - sh * sl, sh * cl + ch * sl
 

@@ -52,6 +52,7 @@ class Store:
 
     def wait_alone(self, world: int, seconds: float) -> None:
         """Wait until the other processes have shut JAX's connection down, or so many seconds."""
+
         # The call is answered when each of them has either asked the same, which none does, or gone.
         def ask_for_all() -> None:
             with suppress(jax.errors.JaxRuntimeError):  # cut off when the wait is given up

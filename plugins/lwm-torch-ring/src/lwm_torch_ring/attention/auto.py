@@ -86,9 +86,7 @@ def resolve_strategy(
     choice = choose_strategy(local, world, known.machine, options.layout, memory, fitting)
     cost = choice.cost
     name = f"usp with inner = {cost.inner}" if cost.strategy == "usp" else cost.strategy
-    return AttentionChoice(
-        _with(options, cost.strategy, cost.inner), (f"chose {name}", *reasons, *choice.reasons)
-    )
+    return AttentionChoice(_with(options, cost.strategy, cost.inner), (f"chose {name}", *reasons, *choice.reasons))
 
 
 def _with(options: AttentionOptions, strategy: str, inner: int | None) -> AttentionOptions:

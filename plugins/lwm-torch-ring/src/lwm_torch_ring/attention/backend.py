@@ -77,9 +77,7 @@ class TorchRing:
         spec = self._spec(self._name, mask, q.device, q.dtype, q.shape[-1])
         return self._attention(q, k, v, segment_ids, spec, lse)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, segment_ids: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, segment_ids: Tensor | None = None) -> Tensor:
         """Differentiable attention of this rank's shards; every rank of the ``sp`` axis calls it at the same time.
 
         Args:

@@ -192,9 +192,7 @@ def _ragged(low: Ints, high: Ints, start: int, stop: int, rows: slice, slot: int
                 yield from _masked(low, high, begin, end, at, min(at + chunk, right), rows, slot)
 
 
-def _masked(
-    low: Ints, high: Ints, begin: int, end: int, at: int, to: int, rows: slice, slot: int
-) -> Iterator[Tile]:
+def _masked(low: Ints, high: Ints, begin: int, end: int, at: int, to: int, rows: slice, slot: int) -> Iterator[Tile]:
     """One ragged tile without the queries at its ends that see nothing; a diagonal one where it is one after all."""
     low, high = (np.clip(bound[begin:end] - at, 0, to - at) for bound in (low, high))
     seeing = np.flatnonzero(high > low)
@@ -213,6 +211,7 @@ def _masked(
 
 def _joined(tiles: list[Tile], along: str, same: str) -> list[Tile]:
     """Whole tiles that are alike in ``same`` and touch in ``along``, as one; the others as they are."""
+
     def place(tile: Tile) -> tuple[int, int, int]:
         here = getattr(tile, same)
         return here.start, here.stop, getattr(tile, along).start

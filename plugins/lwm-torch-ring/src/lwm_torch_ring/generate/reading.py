@@ -37,9 +37,7 @@ def over_cache(q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], pe
     return _pass_kv(q, layer, cached, peers, kernel)
 
 
-def _pass_q(
-    q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], peers: Peers, kernel: Kernel
-) -> State:
+def _pass_q(q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], peers: Peers, kernel: Kernel) -> State:
     here = cached[peers.rank]
     k, v = (rows.whole(max(here)) if max(here) else None for rows in (layer.k, layer.v))
     if peers.size == 1:
@@ -57,9 +55,7 @@ def _pass_q(
     return total
 
 
-def _pass_kv(
-    q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], peers: Peers, kernel: Kernel
-) -> State:
+def _pass_kv(q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], peers: Peers, kernel: Kernel) -> State:
     longest = max(max(used) for used in cached)
     mine = q.new_zeros((2, q.shape[0], longest, *layer.k.whole(0).shape[2:]))
     for into, rows in zip(mine, (layer.k, layer.v), strict=True):

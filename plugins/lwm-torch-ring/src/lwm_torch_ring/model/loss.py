@@ -20,9 +20,7 @@ from lwm_core.vocab import Vocabulary
 
 def modality_weights(targets: Tensor, weights: Tensor, vocabulary: Vocabulary) -> Tensor:
     """``[M]`` float64: Σ w over the targets of each modality of the vocabulary, in its order."""
-    sums = [
-        weights.double()[(targets >= ids.start) & (targets < ids.stop)].sum() for ids in vocabulary.slices.values()
-    ]
+    sums = [weights.double()[(targets >= ids.start) & (targets < ids.stop)].sum() for ids in vocabulary.slices.values()]
     return torch.stack(sums)
 
 

@@ -137,9 +137,7 @@ def fill(model: Llama, name: str, parameter: Tensor, value: Tensor) -> None:
     """Give ``parameter`` its part of the whole ``value``, which every rank has."""
     local = local_part(parameter)
     if isinstance(parameter, DTensor):
-        value = local_part(
-            distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        )
+        value = local_part(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
     local.copy_(value)
 
 

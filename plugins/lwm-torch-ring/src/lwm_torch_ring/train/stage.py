@@ -91,8 +91,7 @@ class StageProgram:
             field.name: np.split(self.place.tokens(getattr(batch, field.name)), accumulate) for field in fields(batch)
         }
         return [
-            {name: torch.tensor(part[a], device=self.device) for name, part in parts.items()}
-            for a in range(accumulate)
+            {name: torch.tensor(part[a], device=self.device) for name, part in parts.items()} for a in range(accumulate)
         ]
 
 

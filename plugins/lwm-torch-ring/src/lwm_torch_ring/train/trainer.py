@@ -130,9 +130,7 @@ class TorchTrainer:
     @property
     def _losses(self) -> Losses:
         model = self.context.model
-        return Losses(
-            self.network, self.current, model.vocabulary, self.context.loss_weights, self.options.loss_chunk
-        )
+        return Losses(self.network, self.current, model.vocabulary, self.context.loss_weights, self.options.loss_chunk)
 
     def step(self, batch: PackedBatch, step: int) -> Metrics:
         """One optimizer step on this data rank's rows; see ``lwm_core.protocols.Trainer.step``."""

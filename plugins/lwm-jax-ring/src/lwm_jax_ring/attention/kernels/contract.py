@@ -39,9 +39,7 @@ class Kernel(Protocol):
         """out ``[B,C,H,D]`` and lse ``[B,C,H]``, float32, for ``length`` = C."""
         ...
 
-    def saved(
-        self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int
-    ) -> Any:
+    def saved(self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int) -> Any:
         """What the backward pass needs of the queries, in the kernel's own form.
 
         ``out [B,C,H,D]`` and ``lse [B,C,H]`` are those over all keys; lse is +inf, not −inf, where a query saw nothing,

@@ -67,9 +67,7 @@ class Fused(Protocol):
         ...
 
 
-def gpu_objection(
-    device: torch.device, dtype: torch.dtype, head_dim: int, largest: int, least: tuple[int, int]
-) -> str:
+def gpu_objection(device: torch.device, dtype: torch.dtype, head_dim: int, largest: int, least: tuple[int, int]) -> str:
     """Why a kernel of NVIDIA GPUs cannot compute this, whatever the library; empty where none is known.
 
     Args:
