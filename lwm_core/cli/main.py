@@ -15,7 +15,10 @@ from typing import Any
 import lwm_core
 from lwm_core.errors import EndedElsewhereError, LwmError
 
-VERBS = ("run", "resume", "evaluate", "generate", "report", "aot", "launch", "recipes", "config", "plugins", "doctor")
+VERBS = (
+    "run", "resume", "evaluate", "generate", "chat", "report", "aot", "launch", "recipes", "config", "plugins",
+    "doctor",
+)  # fmt: skip
 """The modules beside this one, each with an ``add_parser``, in the order in which help shows them."""
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130

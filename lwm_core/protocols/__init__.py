@@ -18,7 +18,7 @@ from lwm_core.protocols.attention import (
 from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
 from lwm_core.protocols.encoder import VisionEncoder
 from lwm_core.protocols.evaluation import EvalContext, EvalSuite
-from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer
+from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer, Session
 from lwm_core.protocols.processes import ALONE, Processes, SoleProcess
 from lwm_core.protocols.schedule import ContextSchedule, Stage, StartModel
 from lwm_core.protocols.tokenizer import Tokenizer, TokenizerContext
@@ -58,6 +58,7 @@ __all__ = [
     "SamplingSpec",
     "Generator",
     "Scorer",
+    "Session",
     "EvalContext",
     "EvalSuite",
 ]

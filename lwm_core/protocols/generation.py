@@ -39,6 +39,44 @@ class SamplingSpec:
     modality: str = "text"
 
 
+class Session(Protocol):
+    """One conversation: what was read and written stays in the cache, so that only what is new is computed.
+
+    It belongs to the parameters and the stage that it was opened with, and ends with them: not to be used after another
+    step. Wrong use is told by the call or, of :meth:`stream`, with the first token.
+    """
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All that was read and written, in order."""
+        ...
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Append tokens, at least one.
+
+        Raises:
+            ShapeError: there is none, or an id outside the vocabulary.
+            LwmError: the session was closed.
+        """
+        ...
+
+    def stream(self, sampling: SamplingSpec) -> Iterator[int]:
+        """Write: new tokens after all that was read, as they come; after ``read(P)`` those of ``Generator.stream(P)``.
+
+        Those that were given join the session, a stop id does not. Whoever leaves early (closes the iterator) leaves a
+        usable session that holds exactly the tokens it was given. One stream at a time: close it before going on.
+
+        Raises:
+            ShapeError: nothing was read yet, or the model has no such modality.
+            LwmError: the session was closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop the cache."""
+        ...
+
+
 class Generator(Protocol):
     """Token-in, token-out generation, natural order."""
 
@@ -48,6 +86,10 @@ class Generator(Protocol):
 
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         """New tokens of one prompt, as they come."""
+        ...
+
+    def session(self) -> Session:
+        """A conversation, of which nothing was read yet."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 Evaluation suites, samples and exports run on rank 0 alone, but a model that is dealt to several processes answers only
 when all of them ask. Rank 0 shares each order before it carries it out; the others carry out the same until they hear
-the end. A stream (tokens, parameters) goes on by one order an item, so whoever leaves it early leaves it everywhere.
+the end. A stream (tokens, parameters) goes on by one order an item, so whoever leaves it early leaves it everywhere. A
+session is held on every rank until rank 0 has closed or dropped its own.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, cast
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import EndedElsewhereError, LwmError
-from lwm_core.protocols import Generator, SamplingSpec, Scorer, Trainer
+from lwm_core.protocols import Generator, SamplingSpec, Scorer, Session, Trainer
 from lwm_core.run.processes import exit_code
 from lwm_core.run.stopping import Stop
 
@@ -102,7 +104,7 @@ class LeadModel:
         self._processes = trainer.processes
         self._hands = _Hands(trainer)
         self._stop = stop
-        self._streams = 0
+        self._opened = 0
         self._left: list[int] = []
         self._failed = False
         self._ended = False
@@ -131,15 +133,23 @@ class LeadModel:
 
     def stream(self, word: str, *facts: Any) -> Iterator[Any]:
         """The items that ``word`` gives, one order each."""
-        number = self._streams
-        self._streams += 1
+        number = self.number()
         try:
             self.order(word, number, *facts)
             while (item := self.order("next", number)) is not _OVER:
                 yield item
         finally:
-            # No order: a stream that was dropped may be closed at any moment, by the garbage collector too.
-            self._left.append(number)
+            self.leave(number)
+
+    def number(self) -> int:
+        """Of what is opened next: a stream or a session."""
+        self._opened += 1
+        return self._opened
+
+    def leave(self, number: int) -> None:
+        """Have what was opened by this number closed with the next order."""
+        # No order of its own: what was dropped may be closed at any moment, by the garbage collector too.
+        self._left.append(number)
 
     def end(self, code: int) -> None:
         """Let the others go: on with the run for 0, else out of it with this exit code."""
@@ -159,7 +169,7 @@ class _Hands:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._open: dict[int, Iterator[Any]] = {}
+        self._open: dict[int, Any] = {}
 
     @cached_property
     def _generator(self) -> Generator:
@@ -181,6 +191,12 @@ class _Hands:
                 return self._scorer.log_likelihood(tokens)
             case ["stream", number, prompt, sampling]:
                 self._open[number] = self._generator.stream(prompt, _sampling(sampling))
+            case ["session", number]:
+                self._open[number] = self._generator.session()
+            case ["read", number, tokens]:
+                self._open[number].read(tokens)
+            case ["write", number, session, sampling]:
+                self._open[number] = self._open[session].stream(_sampling(sampling))
             case ["parameters", number]:
                 self._open[number] = self._trainer.iter_parameters()
             case ["next", number]:
@@ -204,6 +220,46 @@ class _LeadGenerator:
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         """New tokens of one prompt, as they come."""
         return self._leader.stream("stream", _ids(prompt), asdict(sampling))
+
+    def session(self) -> Session:
+        """A conversation, held on every rank."""
+        return _LeadSession(self._leader)
+
+
+class _LeadSession:
+    """See ``lwm_core.protocols.Session``."""
+
+    def __init__(self, leader: LeadModel) -> None:
+        self._leader, self._number = leader, leader.number()
+        leader.order("session", self._number)
+        self._leave = finalize(self, leader.leave, self._number)
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """All that was read and written, in order."""
+        return tuple(self._tokens)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Append tokens, at least one."""
+        ids = _ids(tokens)
+        self._leader.order("read", self._usable(), ids)
+        self._tokens += ids
+
+    def stream(self, sampling: SamplingSpec) -> Iterator[int]:
+        """New tokens, as they come."""
+        for token in self._leader.stream("write", self._usable(), asdict(sampling)):
+            self._tokens.append(token)
+            yield token
+
+    def close(self) -> None:
+        """Drop the cache on every rank, with the next order."""
+        self._leave()
+
+    def _usable(self) -> int:
+        if not self._leave.alive:
+            raise LwmError("generate: this session was closed; open another")
+        return self._number
 
 
 class _LeadScorer:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lwm_core.builtins.byte_tokens import BytesTokenizer
-from lwm_core.cli.generate import stream_text
+from lwm_core.run.streaming import stream_text
 
 Write = Callable[..., Path]
 
@@ -29,7 +29,8 @@ def error_lines(text: str) -> list[str]:
 
 def test_help_names_every_verb_and_plugin_verbs_without_importing_them(lwm: Any) -> None:
     text = lwm("--help").stdout
-    for verb in ("run", "resume", "eval", "generate", "report", "recipes", "config", "plugins", "doctor", "greet"):
+    some = ("run", "resume", "eval", "generate", "chat", "report", "recipes", "config", "plugins", "doctor", "greet")
+    for verb in some:
         assert f"  {verb} " in text
     assert "lwm-standin 0.1.0" in text
 
@@ -109,10 +110,11 @@ def test_a_mistake_in_a_file_is_told_with_its_line(lwm: Any, small: Write) -> No
     assert gone.startswith(f"error: {path}:") and "data.path" in gone
 
 
-@pytest.mark.parametrize("verb", [("resume",), ("eval",), ("report",), ("generate", "text", "--prompt", "a")])
-def test_a_folder_that_is_no_run(lwm: Any, verb: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("verb", ["resume", "eval", "report", "chat", "generate text --prompt a"])
+def test_a_folder_that_is_no_run(lwm: Any, verb: str) -> None:
+    name, *more = verb.split()
     for folder, part in (("nowhere", "no such folder"), (".", "there is no run.json in it")):
-        done = lwm(verb[0], folder, *verb[1:])
+        done = lwm(name, folder, *more)
         assert done.returncode == 2 and part in done.stderr and len(error_lines(done.stderr)) == 1
 
 

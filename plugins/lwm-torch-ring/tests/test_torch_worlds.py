@@ -100,6 +100,22 @@ def test_tokens_and_scores_are_those_of_one_process(world: int, mesh: str, more:
     np.testing.assert_allclose(got["steps"], expected["steps"], rtol=1e-5)
 
 
+def test_a_conversation_is_that_of_one_process() -> None:
+    """Answers that are longer than a page, wherever the cache lies; training goes on after it."""
+    talk = {"do": "converse", "most": 140}
+    cases = {
+        world: [{**talk, "mesh": mesh, "more": more} for size, mesh, more in READ if size == world] for world in MESHES
+    }
+    [expected, *_], *_ = found = [told(world, of) for world, of in cases.items()]
+    for world, of in zip(cases, found, strict=True):
+        for case, got in zip(cases[world], of, strict=True):
+            assert [turn[:2] for turn in got[:3]] == [turn[:2] for turn in expected[:3]], case
+            for given, anew, joined in got[:3]:
+                assert given == anew and len(given) == joined
+            assert [joined for _, _, joined in got[:3]] == [5, 140, 5]
+            np.testing.assert_allclose(got[3], expected[3], rtol=1e-5)
+
+
 def test_parameters_are_shared_out() -> None:
     """A rank holds its part of them, and all of them where the mesh says that they are copied."""
     whole = result("train", 1, "1,1,1,1")["held"]

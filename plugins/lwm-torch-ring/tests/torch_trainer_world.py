@@ -71,6 +71,21 @@ def generate(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     }
 
 
+def converse(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
+    """Turns of many tokens, of one and of some, one of them left early; what each gave, and the same as a prompt."""
+    generator, told = trainer.generator(), []
+    session = generator.session()
+    for turn, sampling in ((PROMPTS[1], SamplingSpec(5)), ([7], SamplingSpec(200)), (PROMPTS[2], SamplingSpec(5))):
+        session.read(turn)
+        held, stream = list(session.tokens), session.stream(sampling)
+        given = [token for _, token in zip(range(case["most"]), stream, strict=False)]
+        stream.close()
+        told.append([given, generator.generate([held], SamplingSpec(len(given)))[0], len(session.tokens) - len(held)])
+    session.close()
+    told.append(steps(trainer, 1))
+    return told
+
+
 def save(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     """Two steps, a save that goes on while the third is made."""
     told = steps(trainer, 2)
@@ -121,7 +136,7 @@ def read(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     return far
 
 
-DO = {"read": read, "train": train, "generate": generate, "save": save, "restore": restore, "move": move}
+DO = {one.__name__: one for one in (read, converse, train, generate, save, restore, move)}
 
 
 def main() -> None:

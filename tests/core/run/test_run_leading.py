@@ -106,6 +106,10 @@ class Counter:
         finally:
             self.open -= 1
 
+    def session(self) -> Talk:
+        self.open += 1
+        return Talk(self)
+
     def log_likelihood(self, tokens: Sequence[int]) -> Any:
         self._meet("score")
         if tokens[0] == 13 and self.processes.rank == 1:
@@ -120,6 +124,33 @@ class Counter:
     def _meet(self, call: str) -> None:
         if self.processes.world > 1:
             self.processes.gather(call, None)
+
+
+class Talk:
+    """A counter's session: it counts on from the last token that was read or written."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self.tokens: list[int] = []
+        self.closed = False
+
+    def read(self, tokens: Sequence[int]) -> None:
+        if self.closed or not len(tokens):
+            raise ShapeError("closed" if self.closed else "nothing to read")
+        self._counter._meet("read")
+        self.tokens += [int(one) for one in tokens]
+
+    def stream(self, sampling: SamplingSpec) -> Iterator[int]:
+        if self.closed:
+            raise ShapeError("closed")
+        for token in self._counter.stream(list(self.tokens), sampling):
+            self.tokens.append(token)
+            yield token
+
+    def close(self) -> None:
+        if not self.closed:
+            self._counter.open -= 1
+        self.closed = True
 
 
 def led(world: int, work: Callable[[Any], Any], stops: Sequence[Stop] = ()) -> tuple[list[Any], list[Counter]]:
@@ -229,6 +260,81 @@ def test_a_stream_that_is_left_early_is_left_by_all(world: int) -> None:
     found, trainers = led(world, work)
     assert found[0][0] == [1, 101, 2, "a"]
     assert all(one.open == 0 for one in trainers)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_session_is_held_on_all(world: int) -> None:
+    """Two of them in turns, one stream left early: every rank holds the same tokens."""
+    sampling = SamplingSpec(max_new_tokens=3)
+
+    def work(model: Any) -> Any:
+        one, two = (model.generator().session() for _ in range(2))
+        one.read(np.arange(3, dtype=np.int32))
+        two.read([50])
+        told = [list(one.stream(sampling))]
+        left = two.stream(sampling)
+        told.append([next(left)])
+        left.close()
+        two.read([60, 61])
+        told.append(list(two.stream(sampling)))
+        told += [list(one.tokens), list(two.tokens)]
+        one.close()
+        two.close()
+        model.scorer().log_likelihood([1, 2])
+        return told
+
+    found, trainers = led(world, work)
+    assert found[0] == [[3, 4, 5], [51], [62, 63, 64], [0, 1, 2, 3, 4, 5], [50, 51, 60, 61, 62, 63, 64]]
+    asked = [[0, 1, 2], [50], [50, 51, 60, 61]]
+    assert all([tokens for tokens, _ in one.seen] == asked and one.open == 0 for one in trainers)
+
+
+def test_a_session_that_was_dropped_is_closed_everywhere() -> None:
+    def work(model: Any) -> Any:
+        dropped, kept = model.generator().session(), model.generator().session()
+        for session in (dropped, kept):
+            session.read([1])
+        open_then = [one.open for one in trainers.values()]
+        del dropped, session
+        stream = kept.stream(SamplingSpec(max_new_tokens=3))
+        del kept  # its stream still needs it
+        first = next(stream)
+        model.generator().session()  # dropped at once
+        told = [first, *stream]
+        model.scorer().log_likelihood([1, 2])
+        return open_then, told
+
+    trainers: dict[int, Counter] = {}
+
+    def one(rank: Rank) -> Any:
+        trainers[rank.rank] = Counter(rank)
+        return lead(trainers[rank.rank], work)  # type: ignore[arg-type]
+
+    found = Threads(3).run(one)
+    open_then, tokens = found[0]
+    assert (open_then[0], tokens) == (2, [2, 3, 4])
+    assert [one.open for one in trainers.values()] == [0, 0, 0]
+
+
+def test_wrong_use_of_a_session_is_told_and_it_goes_on() -> None:
+    def work(model: Any) -> Any:
+        session = model.generator().session()
+        with pytest.raises(ShapeError, match="nothing to read"):
+            session.read([])
+        session.read([-4])
+        with pytest.raises(ShapeError, match="-4 is no token"):
+            next(session.stream(SamplingSpec()))
+        session.read([4])
+        told = list(session.stream(SamplingSpec(max_new_tokens=2)))
+        kept = list(session.tokens)
+        session.close()
+        session.close()
+        for use in (lambda: session.read([1]), lambda: next(session.stream(SamplingSpec()))):
+            with pytest.raises(LwmError, match="was closed; open another"):
+                use()
+        return told, kept
+
+    assert led(3, work)[0] == [([5, 6], [-4, 4, 5, 6]), None, None]
 
 
 def test_what_rank_0_is_content_with_goes_on_for_all() -> None:

@@ -16,6 +16,7 @@ class TrainerOptions(_Options):
 
     devices: int = Field(1, gt=0, description="devices it pretends to have")
     step_seconds: float = Field(0.0, ge=0, description="sleep of each step")
+    token_seconds: float = Field(0.0, ge=0, description="sleep before each token that is written")
     save_seconds: float = Field(0.0, ge=0, description="time until a save has reached the disk")
     nan_at: int | None = Field(None, description="the optimizer step whose loss is not a number")
     full_at: int | None = Field(None, description="the save, from 1, that finds the disk full")

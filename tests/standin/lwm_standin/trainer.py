@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lwm_core.batch import PackedBatch
-from lwm_core.errors import CheckpointError
+from lwm_core.errors import CheckpointError, LwmError, ShapeError
 from lwm_core.layout import SequenceLayout
 from lwm_core.mesh import resolve_mesh
 from lwm_core.model import canonical_shapes
@@ -166,7 +166,8 @@ class StandinTrainer:
             self._parameters[name] = np.array(parameters[name], dtype=np.float32)
 
     def generator(self) -> _Writer:
-        return _Writer(self.processes, *(self._parameters[name] for name in self._names))
+        embed, head = (self._parameters[name] for name in self._names)
+        return _Writer(self.processes, embed, head, self._options.token_seconds)
 
     def scorer(self) -> _Writer:
         return self.generator()
@@ -178,9 +179,10 @@ class StandinTrainer:
 class _Writer:
     """Generation and scores from the two tables."""
 
-    def __init__(self, processes: Processes, embed: Any, head: Any) -> None:
+    def __init__(self, processes: Processes, embed: Any, head: Any, token_seconds: float) -> None:
         self._processes = processes
         self._embed, self._head = embed, head
+        self._seconds = token_seconds
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingSpec) -> list[list[int]]:
         return [list(self.stream(prompt, sampling)) for prompt in prompts]
@@ -190,6 +192,7 @@ class _Writer:
         last = prompt[-1]
         for _ in range(sampling.max_new_tokens):
             _in_step(self._processes, "token")
+            time.sleep(self._seconds)
             logits = self._head @ self._embed[last]
             if sampling.temperature == 0:
                 last = int(np.argmax(logits))
@@ -200,11 +203,47 @@ class _Writer:
                 return
             yield last
 
+    def session(self) -> _Talk:
+        return _Talk(self)
+
     def log_likelihood(self, tokens: Sequence[int]) -> Any:
         _in_step(self._processes, "score")
         ids = np.asarray(tokens)
         p = _softmax(self._embed[ids[:-1]] @ self._head.T)
         return np.log(p[np.arange(len(ids) - 1), ids[1:]])
+
+
+class _Talk:
+    """A session: the model sees the last token alone, so there is nothing to keep but the tokens."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self._writer: _Writer | None = writer
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return tuple(self._tokens)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        self._usable()
+        if not len(tokens):
+            raise ShapeError("generate: 0 tokens were read; expected at least 1")
+        self._tokens += tokens
+
+    def stream(self, sampling: SamplingSpec) -> Iterator[int]:
+        if not self._tokens:
+            raise ShapeError("generate: nothing was read yet; read at least 1 token before the first is written")
+        for token in self._usable().stream(self._tokens, sampling):
+            self._tokens.append(token)
+            yield token
+
+    def close(self) -> None:
+        self._writer = None
+
+    def _usable(self) -> _Writer:
+        if self._writer is None:
+            raise LwmError("generate: this session was closed; open another")
+        return self._writer
 
 
 def _in_step(processes: Processes, what: str) -> None:

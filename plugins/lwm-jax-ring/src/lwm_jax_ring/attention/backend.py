@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, H query heads, K key-value heads, D head dim; globa
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -49,16 +51,32 @@ class JaxRing:
             UnsupportedError: heads do not divide over the ranks they are dealt to, or a dtype other than float32 and
                 bfloat16.
         """
+        heads, _ = self._specs()
+        return self._run(STRATEGIES[self.options.strategy].attention, heads, q, k, v, mask, segment_ids)
+
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What :meth:`attend` gives, without a gradient, and natural-log lse ``[B,S,H]`` float32, −inf where a query
+        sees nothing: by it the attention to these keys is merged with that to others."""
+        heads, _ = self._specs()
+        out = (heads, P(*heads[:3]))
+        return self._run(STRATEGIES[self.options.strategy].forward, out, q, k, v, mask, segment_ids)
+
+    def _run(
+        self, function: Any, out: Any, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask,
+        segment_ids: jax.Array | None,
+    ) -> Any:  # fmt: skip
         check_arrays(q, k, v, segment_ids, self.seq_len)
         k, v = repeat_kv_heads(q, k, v, self.mesh.shape[self.axes.heads])  # each tensor-parallel rank needs its own
         spec = attention_spec(self.options, self.mesh, self.axes.seq, self.seq_len, mask, q.shape[-1])
-        attention, (heads, tokens) = STRATEGIES[self.options.strategy].attention, self._specs()
+        heads, tokens = self._specs()
         given = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
         run = jax.shard_map(
-            lambda a, b, c, s=None: attention(a, b, c, s, spec),
+            lambda a, b, c, s=None: function(a, b, c, s, spec),
             mesh=self.mesh,
             in_specs=(heads, heads, heads, tokens)[: len(given)],
-            out_specs=heads,
+            out_specs=out,
             check_vma=False,
         )
         return run(*given)

@@ -51,17 +51,22 @@ REMAT_POLICIES: dict[str, Any] = {
 ``offload`` too, but out and the layer's input in the host's memory."""
 
 
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root mean square norm over the last axis (arXiv 1910.07467), in float32, back in x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * weight).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis (arXiv 1910.07467), in float32."""
+    """See :func:`rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.weight[...]).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from lwm_core.model import ModelConfig
-from lwm_jax_ring.model.llama import Llama
+from lwm_jax_ring.model.llama import Block, Llama
 from lwm_jax_ring.model.sharding import parameter_sharding
 
 Tree = Any
@@ -45,10 +45,16 @@ class Network:
 
     def merge(self, parameters: Tree) -> Llama:
         """The network over ``parameters``; cheap, and meant to be called inside jit."""
-        graph, abstract = self._parts
-        state = jax.tree.map(lambda x: x, abstract)
-        nnx.replace_by_pure_dict(state, parameters)
-        return nnx.merge(graph, state)
+        return _merged(self._parts, parameters)
+
+    @cached_property
+    def _block_parts(self) -> tuple[Any, Any]:
+        parts: tuple[Any, Any] = nnx.split(nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(params=self.seed))))
+        return parts
+
+    def block(self, parameters: Tree) -> Block:
+        """One layer over its ``parameters``, without the axis of layers; cheap, and meant to be called inside jit."""
+        return _merged(self._block_parts, parameters)
 
     def shardings(self, mesh: Mesh, over: Sequence[str]) -> Tree:
         """Where every parameter lies; ``over`` are the axes that share them out beside ``tp``."""
@@ -56,3 +62,10 @@ class Network:
         return traverse_util.unflatten_dict(
             {path: parameter_sharding(path, leaf.shape, mesh, tuple(over)) for path, leaf in flat.items()}
         )
+
+
+def _merged(parts: tuple[Any, Any], parameters: Tree) -> Any:
+    graph, abstract = parts
+    state = jax.tree.map(lambda x: x, abstract)
+    nnx.replace_by_pure_dict(state, parameters)
+    return nnx.merge(graph, state)

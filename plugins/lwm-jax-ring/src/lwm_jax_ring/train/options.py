@@ -24,6 +24,12 @@ class TrainerOptions(BaseModel):
     token_chunk: int | None = Field(
         None, gt=0, description="tokens of a device in projections and feed-forward at a time; all if unset"
     )
+    read_chunk: int = Field(
+        8192, gt=0, description="tokens of a prompt that are read at a time when the model writes; memory grows with it"
+    )
+    cache: Literal["compute", "bfloat16", "int8"] = Field(
+        "compute", description="how keys and values of a prompt are kept; int8 with a scale a page and head"
+    )
     shard_parameters: list[Literal["dp", "fsdp", "sp"]] = Field(
         default_factory=lambda: ["fsdp", "sp"], description="axes that share parameters out beside tp; [] replicates"
     )

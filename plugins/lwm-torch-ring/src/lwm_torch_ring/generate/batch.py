@@ -47,7 +47,7 @@ def rounded(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def reading(trainer: TorchTrainer) -> Compute:
+def how_to_read(trainer: TorchTrainer) -> Compute:
     """How the network runs where it has no gradients: in slices, so that memory is that of a layer's attention."""
     how = trainer.current.compute
     return replace(how, remat="none", token_chunk=how.token_chunk or TOKEN_CHUNK)
@@ -91,7 +91,7 @@ class Rows:
     def __init__(self, trainer: TorchTrainer, count: int) -> None:
         self._trainer, self.count = trainer, count
         program = trainer.current
-        self._how = reading(trainer)
+        self._how = how_to_read(trainer)
         self._peers = peers_on(program.meshes.axes, "sp")
         head_dim, dtype = trainer.context.model.head_dim, self._how.dtype
         self._kernel = make_kernel(program.attention.options, program.device, dtype, head_dim)

@@ -1,0 +1,90 @@
+"""Rows dealt to the data ranks: each reads its own, and all know every token that is drawn.
+
+Every rank calls the same at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lwm_core.errors import ShapeError
+from lwm_core.mesh import data_ranks
+from lwm_core.protocols import SamplingSpec
+from lwm_core.vocab import Vocabulary
+from lwm_torch_ring.generate.batch import Draw, Rows, every_rank, rounded
+from lwm_torch_ring.train.heartbeat import naming_the_lost
+
+if TYPE_CHECKING:
+    from lwm_torch_ring.train.trainer import TorchTrainer
+
+
+class Prompts:
+    """Rows of all data ranks, and what may follow them. Where they do not divide, the last one fills up.
+
+    Args:
+        trainer: whose model, as it is now.
+        count: rows.
+    """
+
+    def __init__(self, trainer: TorchTrainer, count: int) -> None:
+        self._trainer, self.count = trainer, count
+        data, world = trainer.current.place.data_rank
+        self._share = rounded(count, world) // world
+        self._first = data * self._share
+        self._rows = Rows(trainer, self._share)
+        self._logits: Tensor | None = None
+
+    def read(self, rows: Sequence[Sequence[int]]) -> None:
+        """Append tokens to every row, at least one each."""
+        padded = [*rows, *[rows[-1]] * self._share * data_ranks(self._trainer.current.place.sizes)]
+        mine, longest = padded[self._first : self._first + self._share], max(map(len, rows))
+        with reading(self._trainer), self._trainer.gathering():
+            if longest == 1:
+                self._logits = self._rows.write([token for (token,) in mine])
+            else:
+                self._logits = self._rows.read(mine, longest)
+
+    def draw(self, draw: Draw) -> list[int]:
+        """A token that may follow each row, as the first rank of each data rank drew it; it is not read."""
+        assert self._logits is not None
+        with reading(self._trainer):
+            of_ranks = every_rank(draw.tokens(self._logits, self._first))
+        sizes = self._trainer.current.place.sizes
+        firsts = [ranks_of_row(self._trainer, data)[0] for data in range(data_ranks(sizes))]
+        return [int(token) for rank in firsts for token in of_ranks[rank]][: self.count]
+
+
+@contextmanager
+def reading(trainer: TorchTrainer) -> Iterator[None]:
+    """Around every call of the model, and no ``yield``: the caller's gradients are the caller's affair."""
+    with naming_the_lost(trainer.heart), torch.no_grad():
+        yield
+
+
+def ranks_of_row(trainer: TorchTrainer, data_rank: int) -> list[int]:
+    """The ranks that hold a data rank's tokens, in their order: by ``sp``, and by ``tp`` within."""
+    sizes = trainer.current.place.sizes
+    tp, sp = sizes["tp"], sizes["sp"]
+    first = data_rank * tp * sp
+    return list(range(first, first + sp * tp))
+
+
+def check_ids(prompts: Sequence[Any], vocabulary: Vocabulary, at_least: int = 1) -> None:
+    """Raise ShapeError for a prompt that is too short or holds what is no token."""
+    for number, prompt in enumerate(prompts):
+        if len(prompt) < at_least:
+            raise ShapeError(f"generate: prompt {number} has {len(prompt)} tokens; expected at least {at_least}")
+        if min(prompt) < 0 or max(prompt) >= vocabulary.size:
+            raise ShapeError(f"generate: prompt {number} holds ids outside [0, {vocabulary.size})")
+
+
+def ids_of(sampling: SamplingSpec, vocabulary: Vocabulary) -> slice:
+    """The ids that are drawn from; raises ShapeError where the model has no such modality."""
+    if sampling.modality not in vocabulary.slices:
+        raise ShapeError(f"generate: modality {sampling.modality!r} is not in this model's vocabulary")
+    return vocabulary.slices[sampling.modality]
