@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_cases import make_trainer, rows_of
+from torch_cases import make_trainer, model, rows_of
 
 from lwm_core.errors import LwmError, ShapeError
 from lwm_core.protocols import SamplingSpec
 from lwm_torch_ring.generate.cache import PAGE
+from lwm_torch_ring.generate.prompts import Prompts
+from lwm_torch_ring.model import sharding
 
 GREEDY = SamplingSpec(6)
 DRAWN = SamplingSpec(6, temperature=1.0, top_k=50, seed=4)
@@ -109,6 +111,31 @@ def test_a_stop_id_does_not_join() -> None:
     told = list(session.stream(stop))
     assert told == free[: free.index(free[3])] and list(session.tokens) == some(20) + told
     assert list(session.stream(GREEDY)) == generator.generate([some(20) + told], GREEDY)[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1, "qkv_bias": True}, {"tie_embeddings": True}])
+def test_a_token_goes_the_same_way_through_the_copy_and_the_network(
+    changes: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the copy has no room, the network itself decodes."""
+    trainer = noisy(config=model(**changes), compute_dtype=dtype)
+
+    def written() -> torch.Tensor:
+        rows = Prompts(trainer, 2)
+        with trainer.gathering():
+            rows.read([some(40), some(30)])
+            for token in (5, 9, 60):
+                rows.read([[token], [token + 1]])
+        assert (rows._rows._decoding is None) == (sharding.GATHERED_SHARE == 0)
+        found: torch.Tensor = rows._logits
+        return found
+
+    by_copy = written()
+    monkeypatch.setattr(sharding, "GATHERED_SHARE", 0)
+    by_network = written()
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    assert (by_copy - by_network).norm() < tolerance * by_network.norm()
 
 
 def test_conversations_beside_each_other_do_not_mix() -> None:

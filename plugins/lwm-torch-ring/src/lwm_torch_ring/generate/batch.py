@@ -26,6 +26,7 @@ from lwm_torch_ring.attention.accumulate import State, merge
 from lwm_torch_ring.attention.peers import peers_on
 from lwm_torch_ring.attention.strategies import make_kernel
 from lwm_torch_ring.generate.cache import PAGE, LayerCache
+from lwm_torch_ring.generate.decode import AttendOne, Decoding
 from lwm_torch_ring.generate.reading import one_query, over_cache
 from lwm_torch_ring.generate.sample import sample
 from lwm_torch_ring.model.llama import Compute
@@ -101,6 +102,7 @@ class Rows:
         self._written = 0
         self._slots: dict[int, Slots] = {}
         self._tables: dict[int, RopeTables] = {}
+        self._decoding: Decoding | None = None
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -200,16 +202,26 @@ class Rows:
             self._layers[number].add(k, v, chosen)
             return one_query(q, self._layers[number], self._peers)
 
+        given, positions = torch.tensor(tokens, device=device), torch.tensor(self.lengths, device=device)
+        rope = self._rope(max(self.lengths) + 1)
+        if self._decoding is None and self._trainer.gathering.together():
+            self._decoding = Decoding(self._trainer.network, self._how, lent=self._trainer.gathering.lends)
+        if self._decoding is not None:
+            logits = self._decoding.logits(given, positions, rope, attend)
+        else:
+            logits = self._through_modules(given, positions, rope, attend)
+        self._cached[owner] = [used + 1 for used in self._cached[owner]]
+        self.lengths = [have + 1 for have in self.lengths]
+        return logits
+
+    def _through_modules(self, tokens: Tensor, positions: Tensor, rope: RopeTables, attend: AttendOne) -> Tensor:
+        """What ``Decoding.logits`` gives, by the network, which gathers parameters a layer at a time."""
+
         def tail(hidden: Tensor, head: Tensor) -> Tensor:
             return _logits(hidden[:, 0], head)
 
         how = replace(self._how, tp=self._how.tp.whole)
-        given = torch.tensor(tokens, device=device)[:, None]
-        positions = torch.tensor(self.lengths, device=device)[:, None]
-        rope = self._rope(max(self.lengths) + 1)
-        logits: Tensor = self._trainer.network(given, positions, rope, attend, how, tail)
-        self._cached[owner] = [used + 1 for used in self._cached[owner]]
-        self.lengths = [have + 1 for have in self.lengths]
+        logits: Tensor = self._trainer.network(tokens[:, None], positions[:, None], rope, attend, how, tail)
         return logits
 
     def _of_row(self, ends: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ CacheDtype = Literal["compute", "bfloat16", "int8"]
 
 
 class Rows:
-    """Keys or values of a layer: ``[B, T, K, D]``, of which row b has ``used[b]`` slots in use.
+    """Keys or values of a layer: T slots a row, of which row b has ``used[b]`` in use.
+
+    They are kept heads first, so that a query that reads all of a head's slots reads them in order.
 
     Args:
         kind: how they are kept. ``int8`` keeps full pages as whole numbers times a float32 scale for each page and
@@ -30,84 +32,88 @@ class Rows:
 
     def __init__(self, kind: CacheDtype) -> None:
         self._kind = kind
-        self._plain: Tensor | None = None  # all slots, or with int8 those of unfinished pages [B, P, K, D]
-        self._codes: Tensor | None = None  # [B, N, P, K, D] int8
-        self._scales: Tensor | None = None  # [B, N, 1, K, 1] float32
+        self._plain: Tensor | None = None  # all slots [B, K, T, D], or with int8 those of unfinished pages [B, K, P, D]
+        self._codes: Tensor | None = None  # [B, K, N, P, D] int8
+        self._scales: Tensor | None = None  # [B, K, N, 1, 1] float32
         self._dtype = torch.float32
         self.used: list[int] = []
 
     def add(self, x: Tensor, chosen: Sequence[Tensor | None]) -> None:
         """Put away, at the end of each row b, its slots ``chosen[b]`` of ``x [B, c, K, D]``; all of them if none."""
         self._dtype = x.dtype
-        kept = x.bfloat16() if self._kind == "bfloat16" else x
+        kept = (x.bfloat16() if self._kind == "bfloat16" else x).transpose(1, 2)
         if not self.used:
             self.used = [0] * len(x)
             self._room(PAGE, kept[0])
         for row, which in enumerate(chosen):
-            self._put(row, kept[row] if which is None else kept[row, which])
+            self._put(row, kept[row] if which is None else kept[row].index_select(1, which))
 
     def _put(self, row: int, new: Tensor) -> None:
-        while len(new):
+        """``new [K, c, D]`` at the end of a row."""
+        while count := new.shape[1]:
             at = self.used[row] % PAGE if self._kind == "int8" else self.used[row]
-            room = PAGE - at if self._kind == "int8" else len(new)
-            part, new = new[:room], new[room:]
-            plain = self._room(at + len(part), part)
-            plain[row, at : at + len(part)] = part
-            self.used[row] += len(part)
+            taken = min(count, PAGE - at) if self._kind == "int8" else count
+            part, new = new[:, :taken], new[:, taken:]
+            plain = self._room(at + taken, part)
+            plain[row, :, at : at + taken] = part
+            self.used[row] += taken
             if self._kind == "int8" and self.used[row] % PAGE == 0:
-                self._pack(row, self.used[row] // PAGE - 1, plain[row, :PAGE])
+                self._pack(row, self.used[row] // PAGE - 1, plain[row, :, :PAGE])
 
     def _room(self, slots: int, like: Tensor) -> Tensor:
         """The plain slots, at least so many: doubled when they are full, so that copying stays rare."""
-        have = 0 if self._plain is None else self._plain.shape[1]
+        have = 0 if self._plain is None else self._plain.shape[2]
         if self._plain is None or have < slots:
             pages = -(-max(slots, 0 if self._kind == "int8" else 2 * have) // PAGE)
-            grown = like.new_empty((len(self.used), pages * PAGE, *like.shape[1:]))
+            grown = like.new_empty((len(self.used), like.shape[0], pages * PAGE, like.shape[2]))
             if self._plain is not None:
-                grown[:, :have] = self._plain
+                grown[:, :, :have] = self._plain
             self._plain = grown
         return self._plain
 
     def _pack(self, row: int, page: int, slots: Tensor) -> None:
-        have = 0 if self._codes is None else self._codes.shape[1]
+        """``slots [K, P, D]`` as a page of a row."""
+        have = 0 if self._codes is None else self._codes.shape[2]
         if self._codes is None or self._scales is None or have <= page:
-            grown = max(page + 1, 2 * have)
-            codes = slots.new_empty((len(self.used), grown, *slots.shape), dtype=torch.int8)
-            scales = slots.new_empty((len(self.used), grown, 1, slots.shape[1], 1), dtype=torch.float32)
+            heads, grown = (len(self.used), len(slots)), max(page + 1, 2 * have)
+            codes = slots.new_empty((*heads, grown, *slots.shape[1:]), dtype=torch.int8)
+            scales = slots.new_empty((*heads, grown, 1, 1), dtype=torch.float32)
             if self._codes is not None and self._scales is not None:
-                codes[:, :have], scales[:, :have] = self._codes, self._scales
+                codes[:, :, :have], scales[:, :, :have] = self._codes, self._scales
             self._codes, self._scales = codes, scales
         wide = slots.float()
-        scale = (wide.abs().amax(dim=(0, 2), keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        self._codes[row, page] = (wide / scale).round().to(torch.int8)
-        self._scales[row, page] = scale
+        scale = (wide.abs().amax(dim=(1, 2), keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        self._codes[row, :, page] = (wide / scale).round().to(torch.int8)
+        self._scales[row, :, page] = scale
 
     def whole(self, slots: int, rows: slice = slice(None)) -> Tensor:
-        """``[B, slots, K, D]`` in the dtype that came; of a row with fewer slots in use the rest means nothing."""
+        """``[B, slots, K, D]``, a view of heads first in the dtype that came; of a row with fewer slots in use the rest
+        means nothing."""
         assert self._plain is not None
         if self._codes is None or self._scales is None or self._kind != "int8":
-            return self._plain[rows, :slots].to(self._dtype)
+            return self._plain[rows, :, :slots].to(self._dtype).transpose(1, 2)
         pages = -(-slots // PAGE)
-        codes, scales = self._codes[rows, :pages], self._scales[rows, :pages]
-        opened = (codes.float() * scales).to(self._dtype).flatten(1, 2)
-        if opened.shape[1] < slots:
-            opened = torch.cat([opened, opened.new_empty(len(opened), slots - opened.shape[1], *opened.shape[2:])], 1)
+        codes, scales = self._codes[rows, :, :pages], self._scales[rows, :, :pages]
+        opened = (codes.float() * scales).to(self._dtype).flatten(2, 3)
+        if opened.shape[2] < slots:
+            missing = opened.new_empty(*opened.shape[:2], slots - opened.shape[2], opened.shape[3])
+            opened = torch.cat([opened, missing], dim=2)
         for place, row in enumerate(range(len(self.used))[rows]):
             full = self.used[row] // PAGE * PAGE
             rest = min(slots, self.used[row]) - full
             if rest > 0:
-                opened[place, full : full + rest] = self._plain[row, :rest]
-        return opened[:, :slots]
+                opened[place, :, full : full + rest] = self._plain[row, :, :rest]
+        return opened[:, :, :slots].transpose(1, 2)
 
     @property
     def bytes(self) -> int:
         """What the slots in use take, scales and unfinished pages among it."""
         if self._plain is None:
             return 0
-        slot = self._plain[0, 0].numel() * self._plain.element_size()
+        heads, dim = self._plain.shape[1], self._plain.shape[3]
+        slot = heads * dim * self._plain.element_size()
         if self._kind != "int8":
             return sum(self.used) * slot
-        heads, dim = self._plain.shape[2:]
         pages = sum(used // PAGE for used in self.used)
         return pages * (PAGE * heads * dim + 4 * heads) + sum(used % PAGE for used in self.used) * slot
 

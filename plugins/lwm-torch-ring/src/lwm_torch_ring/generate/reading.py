@@ -98,8 +98,10 @@ def one_query(q: Tensor, layer: LayerCache, peers: Peers) -> Tensor:
     used = layer.used
     slots = max(used, default=0)
     if slots:
-        seen = torch.arange(slots, device=q.device) < torch.tensor(used, device=q.device)[:, None]
-        out, lse = _attend(q, layer.k.whole(slots), layer.v.whole(slots), None if len(set(used)) == 1 else seen)
+        seen = None
+        if min(used) < slots:
+            seen = torch.arange(slots, device=q.device) < torch.tensor(used, device=q.device)[:, None]
+        out, lse = _attend(q, layer.k.whole(slots), layer.v.whole(slots), seen)
     else:
         out, lse = q[:, 0].float() * 0, torch.full(q.shape[:1] + q.shape[2:3], -torch.inf, device=q.device)
     if peers.size > 1:
@@ -113,7 +115,13 @@ def one_query(q: Tensor, layer: LayerCache, peers: Peers) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """out ``[B,H,D]`` and lse ``[B,H]``, float32; 0 and −inf for a row that sees nothing."""
     rows, _, heads, dim = q.shape
-    grouped = q.view(rows, k.shape[2], heads // k.shape[2], dim)
+    grouped = q.reshape(rows, k.shape[2], heads // k.shape[2], dim)
+    if seen is None and q.device.type == "cpu" and q.dtype == torch.float32:
+        # The heads of a group as queries of one head: each key is read once, and no score is kept.
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            grouped, k.transpose(1, 2), v.transpose(1, 2), 0.0, False
+        )
+        return found[0].reshape(rows, heads, dim), found[1].reshape(rows, heads)
     scores = torch.einsum("bkgd,bskd->bkgs", grouped, k).float() * dim**-0.5
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)

@@ -188,14 +188,21 @@ class Gathering:
 
     def __init__(self, model: Llama) -> None:
         self._modules = [module for module in (*model.blocks, model) if isinstance(module, FSDPModule)]
-        self._model, self._readers = model, 0
+        self._model, self._readers, self._kept = model, 0, False
+
+    @property
+    def lends(self) -> bool:
+        """Whether parameters are gathered at all, and so there for a while only."""
+        return bool(self._modules)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """While somebody reads; every rank enters and leaves at the same time."""
-        if self._readers == 0 and self._modules and _agreed_to_fit(self._model):
-            for module in self._modules:
-                module.set_reshard_after_forward(False, recurse=False)
+        if self._readers == 0:
+            self._kept = _agreed_to_fit(self._model)
+            if self._kept:
+                for module in self._modules:
+                    module.set_reshard_after_forward(False, recurse=False)
         self._readers += 1
         try:
             yield
@@ -203,6 +210,14 @@ class Gathering:
             self._readers -= 1
             if self._readers == 0:
                 self.apart()
+
+    def together(self) -> bool:
+        """Fetch all parameters now, if somebody reads and they have room; whether they are together."""
+        if self._readers == 0 or not self._kept:
+            return False
+        for module in self._modules:
+            module.unshard()
+        return True
 
     def apart(self) -> None:
         """Deal parameters out again."""
@@ -219,7 +234,12 @@ def _agreed_to_fit(model: Llama) -> bool:
         unused = torch.cuda.memory_reserved(first.device) - torch.cuda.memory_allocated(first.device)
         free = torch.cuda.mem_get_info(first.device)[0] + unused
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(1, dist.get_world_size())
+        free = (
+            os.sysconf("SC_AVPHYS_PAGES")
+            * os.sysconf("SC_PAGE_SIZE")
+            // (dist.get_world_size() if dist.is_initialized() else 1)
+        )
     fits = torch.tensor(int(wanted <= free * GATHERED_SHARE))
-    dist.all_reduce(fits, dist.ReduceOp.MIN)
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)
