@@ -34,6 +34,7 @@ BENCHMARKS = {
     "attention-cpu-torch": "torch-ring on 2 gloo ranks between scaled_dot_product_attention and ring-attention-pytorch",
     "attention-gpu": "kernels of jax-ring on one NVIDIA GPU: a ring of 8 played through against one whole call",
     "attention-gpu-torch": "lwm-torch-ring on one NVIDIA GPU, in parts: rings, documents, a training step, a million",
+    "decoding": "both trainers beside transformers: greedy decoding of a small model after a prompt of 4096 tokens",
     "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
 }
 ON_GPU = {"attention-gpu", "attention-gpu-torch"}
@@ -164,7 +165,10 @@ def bench(session: nox.Session) -> None:
     if name not in BENCHMARKS:
         session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
     on_gpu = name in ON_GPU and not {"--smoke", "--help"} & set(options)
-    if name in ON_TORCH:
+    if name == "decoding":
+        backends = [ROOT / "plugins" / plugin for plugin in ("lwm-jax-ring", "lwm-torch-ring")]
+        session.install("-c", str(CONSTRAINTS), *editable(ROOT, *backends), "transformers")
+    elif name in ON_TORCH:
         beside = TORCH_PEER if name == "attention-cpu-torch" else ()
         session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-torch-ring"), *beside)
     else:

@@ -1,8 +1,8 @@
 """Greedy decoding of a small model after a long prompt: both trainers beside ``transformers``, in one run.
 
-Each side is a process that stays up, on the same cores, with the same model folder and the same prompt; they take turns.
-What is timed is from a call's first new token to its last, so that reading the prompt is not in it. All must write the
-same tokens.
+Each side is a process that stays up, on the same cores, with the same model folder and the same prompt; they take
+turns. What is timed is from a call's first new token to its last, so that reading the prompt is not in it. All must
+write the same tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The worker's side of the benchmark ``decoding``: one of three programs writes after a prompt, token by token.
 
 ``argv[1]`` is JSON: ``side`` (``jax``, ``torch`` or ``transformers``), ``model`` (its folder), ``cores`` and
-``context``. A request is ``{"do": "about"}`` or ``{"do": "write", "tokens": N, "cache": …}``, whose reply has the tokens
-and the seconds at which each came.
+``context``. A request is ``{"do": "about"}`` or ``{"do": "write", "tokens": N, "cache": …}``, whose reply has the
+tokens and the seconds at which each came.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One token a row through all layers, on a copy of the parameters that is made for it.
 
 A token is so little work that much of the time goes into starting operations: so matrices are cast once, those that
-take the same input are one, and nothing is looked up in modules. The network itself (``model.llama``) does the same with
-more operations, and goes on doing it where the copy has no room.
+take the same input are one, and nothing is looked up in modules. The network itself (``model.llama``) does the same
+with more operations, and goes on doing it where the copy has no room.
 
 Shapes: B rows, E hidden size, F feed-forward size, H query heads, K key-value heads, D head dim, V vocabulary; H, K and
 F are a rank's share.
