@@ -35,9 +35,11 @@ BENCHMARKS = {
     "attention-gpu": "kernels of jax-ring on one NVIDIA GPU: a ring of 8 played through against one whole call",
     "attention-gpu-torch": "lwm-torch-ring on one NVIDIA GPU, in parts: rings, documents, a training step, a million",
     "decoding": "both trainers beside transformers: greedy decoding of a small model after a prompt of 4096 tokens",
+    "reading": "both trainers: memory and time of reading and scoring long texts, by length",
     "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
 }
 ON_GPU = {"attention-gpu", "attention-gpu-torch"}
+ON_BOTH = {"decoding", "reading"}
 BESIDE_PEER = {"attention-cpu"}
 PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
 ON_TORCH = {"attention-cpu-torch", "attention-gpu-torch"}
@@ -165,7 +167,7 @@ def bench(session: nox.Session) -> None:
     if name not in BENCHMARKS:
         session.error(f"bench: there is no benchmark {name!r}; expected {' or '.join(BENCHMARKS)}")
     on_gpu = name in ON_GPU and not {"--smoke", "--help"} & set(options)
-    if name == "decoding":
+    if name in ON_BOTH:
         backends = [ROOT / "plugins" / plugin for plugin in ("lwm-jax-ring", "lwm-torch-ring")]
         session.install("-c", str(CONSTRAINTS), *editable(ROOT, *backends), "transformers")
     elif name in ON_TORCH:

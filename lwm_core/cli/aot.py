@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.pipeline import Pipeline
     from lwm_core.protocols import CompiledStep, Stage
@@ -27,9 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--topology", required=True, metavar="NAME", help="chip and torus, such as v4:8x8x4, v5p:8x8x8, v6e:16x16"
     )
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage; repeatable")
-    parser.add_argument(
-        "-s", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override one value; repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list with an object for each stage")
     parser.set_defaults(run=run_aot)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.overrides import add_overrides
 from lwm_core.cli.sampling import add_sampling, check_sampling, sampling_of, say_aside
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
                         "plain, or a text with {question} in it (lwm)")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="what stands before all else (the template's)")
     add_sampling(parser)
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print {question, text, tokens, tokens_per_second, "
                         "context, kept, read, read_seconds, ended, source} for each answer")  # fmt: skip
     parser.set_defaults(run=run_chat)
@@ -52,7 +54,7 @@ def run_chat(args: argparse.Namespace) -> int:
     check_sampling(args)
     template = make_template(args.template, args.system)
     document = None if args.document is None else _read(args.document)
-    opened = reopen(args.folder)
+    opened = reopen(args.folder, args.overrides)
     with CtrlC.heard(follows=opened.trainer.processes.rank > 0) as ctrl_c:
         lead(opened.trainer, lambda model: Chat(args, opened, model, ctrl_c).run(template, document))
     return 0

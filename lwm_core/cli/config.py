@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.config.document import KeyPath
     from lwm_core.config.load import LoadedConfig
@@ -41,9 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    parser.add_argument(
-        "-s", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override one value; repeatable"
-    )
+    add_overrides(parser)
 
 
 def run_show(args: argparse.Namespace) -> int:

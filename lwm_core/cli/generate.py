@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.overrides import add_overrides
 from lwm_core.cli.sampling import add_sampling, check_sampling, sampling_of, say_aside
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("modality", choices=("text",), help="what to write")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; - reads standard input")
     add_sampling(parser)
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print {prompt, text, tokens, tokens_per_second, source}")
     parser.set_defaults(run=run_generate)
 
@@ -33,7 +35,7 @@ def run_generate(args: argparse.Namespace) -> int:
     check_sampling(args)
     if not args.prompt:
         raise UsageError("--prompt is ''; expected a text")
-    opened = reopen(args.folder)
+    opened = reopen(args.folder, args.overrides)
     lead(opened.trainer, lambda model: _write(args, opened, model))
     return 0
 

@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.launch import Device, Launch
     from lwm_core.pipeline import Pipeline
@@ -25,9 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", metavar="RECIPE|FILE", help="the name of a recipe (lwm recipes), or a .toml file")
-    parser.add_argument(
-        "-s", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override one value; repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--print", dest="kind", required=True, choices=KINDS,
         help="what starts the processes: Slurm's sbatch, a JobSet on GKE, Ray, or lines typed on each host",

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.run import Outcome
 
@@ -15,9 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the verb to the ``lwm`` command."""
     parser = subparsers.add_parser("run", help="run a recipe or a configuration file", description=__doc__)
     parser.add_argument("source", metavar="RECIPE|FILE", help="the name of a recipe (lwm recipes), or a .toml file")
-    parser.add_argument(
-        "-s", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override one value; repeatable"
-    )
+    add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run; it must be new or empty")
     add_watching(parser)
     parser.set_defaults(run=run_run)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lwm_core.config.document import Origin, Origins, walk
+from lwm_core.config.document import Document, Origin, walk
 from lwm_core.config.envelope import RunConfig
 from lwm_core.config.load import LoadedConfig
 from lwm_core.errors import UsageError
@@ -107,28 +107,36 @@ class RunFolder:
             yield
 
 
-def open_run(path: Path) -> tuple[RunFolder, LoadedConfig, dict[str, Any]]:
+def open_run(path: Path, overrides: Sequence[str] = ()) -> tuple[RunFolder, LoadedConfig, dict[str, Any]]:
     """A run's folder, its configuration as it was resolved when it started, and its ``run.json``.
+
+    Args:
+        path: the folder.
+        overrides: ``KEY=VALUE`` texts, laid on the configuration.
 
     Raises:
         UsageError: the folder is not a run.
-        ConfigError: its configuration is not one that this version accepts.
+        ConfigError: its configuration, with the overrides, is not one that this version accepts.
     """
     from pydantic import ValidationError
 
+    from lwm_core.config.load import plugin_tables
+    from lwm_core.config.override import apply_overrides
     from lwm_core.config.problems import problems_from
     from lwm_core.errors import ConfigError
 
     folder = RunFolder(path)
     values = folder.read()
-    data = values["config"]
     source = str(path / RUN_FILE)
-    origins: Origins = {key: Origin(source) for key, _ in walk(data)}
+    given = Document(source, values["config"], {key: Origin(source) for key, _ in walk(values["config"])})
+    document, problems = apply_overrides(given, overrides, plugin_tables(RunConfig))
     try:
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(document.data)
     except ValidationError as error:
-        raise ConfigError(problems_from(error, RunConfig, origins)) from None
-    return folder, LoadedConfig(config, data, origins, (), source), values
+        problems += problems_from(error, RunConfig, document.origins)
+    if problems:
+        raise ConfigError(problems)
+    return folder, LoadedConfig(config, document.data, document.origins, document.notes, source), values
 
 
 def stages_from(values: Mapping[str, Any]) -> tuple[Stage, ...]:

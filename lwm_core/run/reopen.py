@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,20 @@ class Reopened:
     source: Path
 
 
-def reopen(path: Path, *, no_plugins: bool = False) -> Reopened:
+def reopen(path: Path, overrides: Sequence[str] = (), *, no_plugins: bool = False) -> Reopened:
     """The run's final model; while it has none, its newest good checkpoint. Several processes reopen it together.
+
+    Args:
+        path: the run's folder.
+        overrides: ``KEY=VALUE`` texts as ``-s`` takes them, laid on the run's configuration for this once.
+        no_plugins: use the core's own plugins alone.
 
     Raises:
         UsageError: it is no run.
+        ConfigError: an override makes no sense.
         CheckpointError: it has trained nothing yet, or nothing of it is good.
     """
-    folder, loaded, described = open_run(path)
+    folder, loaded, described = open_run(path, overrides)
     config = loaded.config
     registry = Registry.from_environment(config.plugins.allow, config.plugins.deny, no_plugins)
     pipeline = build(loaded, registry, base_dir=Path(described.get("base_dir", ".")))

@@ -136,6 +136,19 @@ def test_no_plugins_means_the_cores_own(lwm: Any, small: Write) -> None:
     assert done.returncode == 2 and "--no-plugins" in done.stderr
 
 
+def test_a_value_of_the_run_can_be_overridden_for_once(lwm: Any, ran: Path) -> None:
+    """For the reading alone: what run.json says stays, and a mistake is told as in any configuration."""
+    words = ("generate", "r", "text", "--prompt", "And God", "--max-new-tokens", "3", "--json")
+    before = (ran / "run.json").read_bytes()
+    plain, other = (json.loads(lwm(*words, *more).stdout) for more in ((), ("-s", "trainer.token_seconds=0.3")))
+    assert plain["text"] == other["text"] and other["tokens_per_second"] < 4  # it sleeps before each token
+    assert (ran / "run.json").read_bytes() == before
+    for verb in (words, ("chat", "r")):
+        wrong = lwm(*verb, "-s", "trainer.token_second=0.3")
+        assert wrong.returncode == 2 and "trainer.token_second" in wrong.stderr and "token_seconds" in wrong.stderr
+        assert len(error_lines(wrong.stderr)) == 1
+
+
 def test_generate_writes_and_is_seeded(lwm: Any, ran: Path) -> None:
     words = ("generate", "r", "text", "--prompt", "And God", "--max-new-tokens", "12", "--json")
     first, same, other = (json.loads(lwm(*words, "--seed", seed).stdout) for seed in ("1", "1", "2"))

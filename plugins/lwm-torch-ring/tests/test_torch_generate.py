@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,32 +122,3 @@ def test_a_stream_that_is_left_harms_nothing() -> None:
     for _ in generator.stream(prompt, SamplingSpec(50)):
         break
     assert generator.generate([prompt], SamplingSpec(4)) == [list(generator.stream(prompt, SamplingSpec(4)))]
-
-
-MEMORY = """
-import resource, sys
-sys.path.insert(0, {tests!r})
-from lwm_core.model import preset
-from lwm_core.protocols import SamplingSpec
-from lwm_core.vocab import Vocabulary
-from torch_cases import make_trainer, rows_of
-trainer = make_trainer(config=preset("tiny", Vocabulary(512), num_kv_heads=2), attention={{"chunk": 512}})
-ids = [n % 512 for n in range({tokens})]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if {score}:
-    trainer.scorer().log_likelihood(ids)
-else:
-    trainer.generator().generate([ids], SamplingSpec(2))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("score", [False, True])
-def test_a_long_prompt_takes_the_memory_of_a_layer(score: bool) -> None:
-    """16K tokens of the ``tiny`` preset: far below what a square of the prompt's length would take (4 heads: 4 GB)."""
-    script = MEMORY.format(tests=str(Path(__file__).parent), tokens=16_384, score=score)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    most, before = (int(word) * 1024 for word in done.stdout.split())
-    assert most - before < 500e6, f"{(most - before) / 1e6:.0f} MB"

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.run import Model, Reopened
     from lwm_evals.score import Score
@@ -26,6 +28,7 @@ def add_score(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--json", action="store_true",
         help="print {tokens, perplexity, nats, bits_per_byte, seconds, tokens_per_second, trained, bands, source}",
     )  # fmt: skip
+    add_overrides(parser)
     parser.set_defaults(run=run_score)
 
 
@@ -39,7 +42,7 @@ def run_score(args: argparse.Namespace) -> int:
     if args.plot is not None and args.plot.suffix != ".svg":
         raise UsageError(f"--plot {args.plot}: expected a name that ends with .svg")
     text = _read(args.file)
-    opened = reopen(args.folder)
+    opened = reopen(args.folder, args.overrides)
     lead(opened.trainer, lambda model: _tell(args, opened, model, text))
     return 0
 

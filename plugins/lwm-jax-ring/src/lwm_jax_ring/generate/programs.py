@@ -159,17 +159,16 @@ class Programs:
         specs = layer_specs(self.kind)
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: None) -> tuple[jax.Array, LayerCache]:
+            # Put away before the cache is seen, or a copy of all of it would be made; as held, they are not seen yet.
+            keep = self._local(_kept, (specs, CHUNK_HEADS, CHUNK_HEADS, HELD, FILL), specs)
+            kept = keep(layer, *repeat_kv_heads(q, k, v, self.mesh.shape["tp"]), chunk_held, fill)
             if fresh:
-                out = backend.attend(q, k, v, CAUSAL, chunk_held)
-            else:
-                new, new_lse = backend.forward(q, k, v, CAUSAL, chunk_held)
-                over = self._local(
-                    partial(over_cache, how=self._reading), (CHUNK_HEADS, specs, HELD, FILL), (CHUNK_HEADS, LSE)
-                )
-                out = merged(*over(q, layer, held, fill), new, new_lse).astype(q.dtype)
-            k, v = repeat_kv_heads(q, k, v, self.mesh.shape["tp"])
-            kept = self._local(_kept, (specs, CHUNK_HEADS, CHUNK_HEADS, HELD, FILL), specs)
-            return out, kept(layer, k, v, chunk_held, fill)
+                return backend.attend(q, k, v, CAUSAL, chunk_held), kept
+            new, new_lse = backend.forward(q, k, v, CAUSAL, chunk_held)
+            over = self._local(
+                partial(over_cache, how=self._reading), (CHUNK_HEADS, specs, HELD, FILL), (CHUNK_HEADS, LSE)
+            )
+            return merged(*over(q, kept, held, fill), new, new_lse).astype(q.dtype), kept
 
         block = self._network.block(self._how.gather_layer(parameters))
         given: tuple[jax.Array, LayerCache] = block(x, cos, sin, attend, None, self._how)

@@ -1,0 +1,165 @@
+"""What reading a long text takes: memory and time by length, of both trainers, with a cache and without.
+
+Every figure is of a process of its own, so that the most memory it held is that of this one length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench_result import BUSY, add_output, hardware, load, output_target
+from bench_torch_page import command, markdown_table, write_figures
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lwm_core.errors import LwmError, UsageError
+
+HERE = Path(__file__).parent
+RESULT = HERE.parents[1] / "docs" / "benchmarks" / "reading.json"
+SIDES, TASKS = ("jax", "torch"), ("prefill", "score")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    lengths: tuple[int, ...] = (16_384, 32_768, 65_536, 131_072)
+
+
+SMOKE = Case((1024,))
+
+
+def choose_case(given: argparse.Namespace) -> Case:
+    """The case of a command line; raises UsageError where a value is none, before anything runs."""
+    case = SMOKE if given.smoke else Case()
+    if given.lengths is None:
+        return case
+    try:
+        lengths = tuple(int(word) for word in given.lengths.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 2:
+        raise UsageError(f"reading: --lengths {given.lengths}; expected numbers of tokens from 2 on, like 16384,65536")
+    return Case(lengths)
+
+
+def run(side: str, task: str, tokens: int) -> dict[str, Any]:
+    """One measurement.
+
+    Raises:
+        LwmError: the process failed; its last words are in the message, all of them in ``details``.
+    """
+    words = [sys.executable, str(HERE / "reading_worker.py"), side, task, str(tokens)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise LwmError(f"reading: {side}, {task} of {tokens} tokens failed: {last}", details=done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measured(case: Case, console: Console) -> Iterator[dict[str, Any]]:
+    """A row for each side, task and length."""
+    for side in SIDES:
+        for task in TASKS:
+            for tokens in case.lengths:
+                found = run(side, task, tokens)
+                grown = (found["most"] - found["before"]) / tokens
+                console.print(
+                    f"[dim]{side}, {task}, {tokens:,} tokens: {found['most'] / 1e9:.2f} GB at most, "
+                    f"{grown / 1e3:.1f} KB a token, {found['seconds']:.0f} s[/dim]", highlight=False,
+                )  # fmt: skip
+                yield {"side": side, "task": task, "tokens": tokens, **found}
+
+
+def measure(case: Case, console: Console) -> dict[str, Any]:
+    """The result as it is written."""
+    machine = {**hardware(), "load_before": load()}
+    rows = list(measured(case, console))
+    return {
+        "benchmark": "reading",
+        "smoke": case == SMOKE,
+        "date": date.today().isoformat(),
+        "hardware": {**machine, "load_after": load()},
+        "versions": {name: version(name) for name in ("lwm-jax-ring", "lwm-torch-ring", "jax", "torch")},
+        "case": asdict(case),
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, for people and for the page."""
+    names = {"prefill": "prefill", "score": "score, no cache"}
+    rows = [
+        [
+            f"{row['side']}, {names[row['task']]}", f"{row['tokens']:,}", f"{row['most'] / 1e9:.2f}",
+            f"{(row['most'] - row['before']) / row['tokens'] / 1e3:.1f}", f"{row['seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return ["trainer, task", "tokens", "GB at most", "KB a token", "seconds"], rows
+
+
+def footnote(result: dict[str, Any]) -> str:
+    """What it takes to read the table."""
+    machine, versions = result["hardware"], result["versions"]
+    return (
+        f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['system']}, load "
+        f"{machine['load_before']} before; jax {versions['jax']}, torch {versions['torch']}. Preset tiny, 2 key-value "
+        "heads, vocabulary 4096, float32, one device. KB a token: what the process grew by, over the tokens."
+    )
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table for people, and under it what it takes to read it."""
+    head, rows = table(result)
+    shown = Table(title=result["benchmark"], box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column in head:
+        shown.add_column(column, justify="left" if column == head[0] else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(footnote(result), highlight=False)
+    if (result["hardware"]["load_before"] or 0) > BUSY:
+        console.print("[yellow]The machine was busy: the seconds mean little; the memory stands.[/yellow]")
+    if result["smoke"]:
+        console.print("[yellow]--smoke: this shows that the benchmark runs; its figures mean nothing.[/yellow]")
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, show, and write where it was asked for; the exit code."""
+    parser = argparse.ArgumentParser(prog="nox -s bench -- reading", description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", metavar="N,N", help="numbers of tokens (16384 to 131072, each twice the last)")
+    add_output(parser, RESULT)
+    given, console = parser.parse_args(arguments), Console()
+    try:
+        target = output_target(given, RESULT)
+        result = {**measure(choose_case(given), console), "command": command(Path(__file__), arguments)}
+        show(result, console)
+        if target is not None:
+            target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            console.print(f"Written to {target}", highlight=False)
+        if given.write:
+            head, rows = table(result)
+            figures = f"{markdown_table(head, rows)}\n\n{footnote(result)}\n\n`{result['command']}`"
+            write_figures(RESULT.with_suffix(".md"), figures)
+    except LwmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

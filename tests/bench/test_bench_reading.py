@@ -1,0 +1,62 @@
+"""The benchmark ``reading``, and the memory that it measures, at a length for every day."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lwm_core.errors import UsageError
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "benchmarks" / "reading.json"
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's files import each other as scripts of one folder do."""
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["prefill", "score"])
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_a_long_text_takes_the_memory_of_a_layer(side: str, task: str) -> None:
+    """16K tokens: far below what a square of the length would take (4 heads: 4 GB)."""
+    from reading import run
+
+    pytest.importorskip(f"lwm_{side}_ring")
+    found = run(side, task, 16_384)
+    assert found["most"] - found["before"] < 600e6, found
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+@pytest.mark.parametrize(("task", "most"), [("prefill", 4e9), ("score", 2e9)])
+def test_the_committed_figures_keep_what_is_promised(side: str, task: str, most: float) -> None:
+    """131,072 tokens under 4 GB, scored under 2 GB; and no more a token at twice the length."""
+    rows = [row for row in json.loads(PAGE.read_text())["rows"] if (row["side"], row["task"]) == (side, task)]
+    assert rows[-1]["tokens"] == 131_072 and rows[-1]["most"] < most
+    grown = [(b["most"] - a["most"]) / (b["tokens"] - a["tokens"]) for a, b in pairwise(rows)]
+    assert max(grown) < 1.5 * sorted(grown)[1], grown
+
+
+@pytest.mark.parametrize("options", [["--smoke", "--write"], ["--lengths", "many"], ["--lengths", "1"]])
+def test_wrong_options_are_refused_before_anything_runs(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from reading import main
+
+    assert main(options) == UsageError.exit_code
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and not shown.out
+
+
+def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for plugin in ("lwm_jax_ring", "lwm_torch_ring"):
+        pytest.importorskip(plugin)
+    from reading import main
+
+    out = tmp_path / "result.json"
+    assert main(["--smoke", "--out", str(out)]) == 0
+    assert [row["tokens"] for row in json.loads(out.read_text())["rows"]] == [1024] * 4
+    assert "its figures mean nothing" in capsys.readouterr().out
