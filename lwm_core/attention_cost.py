@@ -134,10 +134,11 @@ def _pairs_within(tokens: NDArray[np.float64], document: float | None, window: i
     P(δ) = 1 − δ/document is the chance that a token and the δth before it are of one document, wherever documents of
     that mean length begin.
     """
-    n, inverse = tokens, 0.0 if document is None else 1.0 / document
+    n, inverse = tokens, (0.0 if document is None else 1.0 / document)
     lags = np.minimum(n, min(window or np.inf, document or np.inf))
     first, second = lags * (lags - 1) / 2, (lags - 1) * lags * (2 * lags - 1) / 6  # sums of δ and δ²
-    return n * lags - (1 + n * inverse) * first + second * inverse
+    pairs: NDArray[np.float64] = n * lags - (1 + n * inverse) * first + second * inverse
+    return pairs
 
 
 @lru_cache(maxsize=512)
@@ -160,7 +161,7 @@ def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[t
     halves = 1 if layout == "contiguous" else 2
     run, rank = length / (ranks * halves), np.arange(ranks)
     # Pairs between two runs of one length that begin j runs apart, by inclusion and exclusion; 0 where keys are later.
-    at = _pairs_within(np.arange(halves * ranks + 1) * run, document, shape.mask.window)
+    at = _pairs_within(np.arange(halves * ranks + 1, dtype=np.float64) * run, document, shape.mask.window)
     apart = np.diff(at, prepend=0.0, n=2)
     if shape.mask.kind == "full":
         apart[0] *= 2
@@ -171,9 +172,9 @@ def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[t
             (q, k) for q in (rank, 2 * ranks - 1 - rank) for k in (keys, 2 * ranks - 1 - keys)
         ]  # fmt: skip
         between = (np.abs(q - k) if shape.mask.kind == "full" else q - k for q, k in places)
-        work.append(sum(np.where(j >= 0, apart[np.maximum(j, 0)], 0.0) for j in between).max())
-    total = float(sum(work))
-    return tuple((hop, float(one) / total) for hop, one in zip(hops, work, strict=True))
+        by_rank = np.stack([np.where(j >= 0, apart[np.maximum(j, 0)], 0.0) for j in between])
+        work.append(float(by_rank.sum(axis=0).max()))
+    return tuple((hop, one / sum(work)) for hop, one in zip(hops, work, strict=True))
 
 
 def strategy_cost(
