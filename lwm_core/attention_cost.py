@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import lcm
 
-from lwm_core.attention import AttentionMask
+import numpy as np
+from numpy.typing import NDArray
+
+from lwm_core.attention import AttentionMask, needed_hops
 from lwm_core.errors import ShapeError, UnsupportedError
-from lwm_core.layout import LayoutKind
+from lwm_core.layout import LayoutKind, SequenceLayout
 
 STRATEGIES: tuple[str, ...] = ("ring", "usp", "ulysses", "allgather")
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5  # matrix products a pair of tokens and head: QKᵀ, PV; and five to go back
@@ -124,10 +128,62 @@ def imbalance(layout: LayoutKind, shape: AttentionShape, world: int) -> float:
     return 2.0 - 1.0 / world if document == shape.seq_len else 1.0
 
 
+def _pairs_within(tokens: NDArray[np.float64], document: float | None, window: int | None) -> NDArray[np.float64]:
+    """Causal pairs in a run of so many tokens: sum of (n − δ) · P(δ) over the lags δ that a query may look back.
+
+    P(δ) = 1 − δ/document is the chance that a token and the δth before it are of one document, wherever documents of
+    that mean length begin.
+    """
+    n, inverse = tokens, (0.0 if document is None else 1.0 / document)
+    lags = np.minimum(n, min(window or np.inf, document or np.inf))
+    first, second = lags * (lags - 1) / 2, (lags - 1) * lags * (2 * lags - 1) / 6  # sums of δ and δ²
+    pairs: NDArray[np.float64] = n * lags - (1 + n * inverse) * first + second * inverse
+    return pairs
+
+
+@lru_cache(maxsize=512)
+def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[tuple[int, float], ...]:
+    """(hop, its share of a round's work) for the hops that a ring needs: the busiest rank of each hop, in the mean over
+    where documents may begin. Block-causal masks are taken for causal ones.
+
+    What hides a transfer is the work of the hop beside it, and documents or a window leave nearly all to the first.
+    """
+    if ranks == 1:
+        return ((0, 1.0),)
+    dealt = SequenceLayout(layout, ranks)
+    length = -(-shape.seq_len // dealt.multiple) * dealt.multiple
+    hops = needed_hops(shape.mask, dealt, length) if shape.mask.window else tuple(range(ranks))
+    document = float(shape.document) if shape.document and shape.document < shape.seq_len else None
+    if layout == "striped":  # every rank has a token of every stripe: all hops are alike
+        return tuple((hop, 1 / len(hops)) for hop in hops)
+    if shape.mask.kind == "full" and document is None:
+        return tuple((hop, 1 / len(hops)) for hop in hops)
+    halves = 1 if layout == "contiguous" else 2
+    run, rank = length / (ranks * halves), np.arange(ranks)
+    # Pairs between two runs of one length that begin j runs apart, by inclusion and exclusion; 0 where keys are later.
+    at = _pairs_within(np.arange(halves * ranks + 1, dtype=np.float64) * run, document, shape.mask.window)
+    apart = np.diff(at, prepend=0.0, n=2)
+    if shape.mask.kind == "full":
+        apart[0] *= 2
+    work = []
+    for hop in hops:
+        keys = (rank - hop) % ranks
+        places = [(rank, keys)] if halves == 1 else [
+            (q, k) for q in (rank, 2 * ranks - 1 - rank) for k in (keys, 2 * ranks - 1 - keys)
+        ]  # fmt: skip
+        between = (np.abs(q - k) if shape.mask.kind == "full" else q - k for q, k in places)
+        by_rank = np.stack([np.where(j >= 0, apart[np.maximum(j, 0)], 0.0) for j in between])
+        work.append(float(by_rank.sum(axis=0).max()))
+    return tuple((hop, one / sum(work)) for hop, one in zip(hops, work, strict=True))
+
+
 def strategy_cost(
     strategy: str, shape: AttentionShape, world: int, rates: MachineRates, layout: LayoutKind = "zigzag", inner: int = 1
 ) -> StrategyCost:
     """The cost of ``strategy`` over ``world`` ranks; ``inner`` is looked at for ``usp`` only.
+
+    A ring's transfers are hidden hop by hop: long hops do not hide what short ones leave exposed. A hop that jumps over
+    others counts as one transfer.
 
     Raises:
         UnsupportedError: the strategy is unknown, or the heads do not divide over the ranks that exchange them.
@@ -152,15 +208,18 @@ def strategy_cost(
         return StrategyCost(strategy, 1, forward + backward, sent / rates.bandwidth, sent, world * key_bytes)
     queries = 2 * tokens * shape.heads * shape.head_dim * shape.element_bytes  # q and out, or dq and dout
     exchanged = 2 * (queries + key_bytes) * (inner - 1) / inner
-    hops = ranks - 1
+    shares = [share for _, share in hop_shares(shape, layout, ranks)]
+    hops = len(shares) - 1
     # Finished gradients go home in the dtype of the keys, when nothing is left to compute that could hide them.
     home = key_bytes if hops else 0.0
-    ring_forward, ring_backward = hops * key_bytes, hops * (key_bytes + gradient_bytes)
     exposed = (exchanged + home) / rates.bandwidth
-    for moved, hidden_by in ((ring_forward, forward), (ring_backward, backward)):
-        exposed += max(0.0, moved / rates.bandwidth - hidden_by * hops / ranks)
+    for hop, share in enumerate(shares) if hops else ():
+        # Beside a hop's compute travel the next hop's keys, and backward the gradients of the hop before.
+        keys_on, gradients_on = (key_bytes if hop < hops else 0.0), (gradient_bytes if hop else 0.0)
+        exposed += max(0.0, keys_on / rates.bandwidth - forward * share)
+        exposed += max(0.0, (keys_on + gradients_on) / rates.bandwidth - backward * share)
     held = key_bytes * (2 if hops else 1)  # what arrives beside what is in hand; exchanging heads changes neither
-    sent = exchanged + ring_forward + ring_backward + home
+    sent = exchanged + hops * (2 * key_bytes + gradient_bytes) + home
     return StrategyCost(strategy, inner, forward + backward, exposed, sent, held)
 
 

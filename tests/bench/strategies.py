@@ -2,7 +2,7 @@
 
 For each: blocks that a rank computes (most and mean), bytes that a rank sends, and seconds of forward with backward,
 which compare strategies on one machine whose devices share its cores. Bytes are those of ``lwm_core.attention_cost``,
-which tests hold against the transfers in the compiled programs.
+which tests hold against the transfers in the traced programs.
 
 Shapes: B batch, S sequence, H query heads, K key-value heads, D head dim; float32.
 """

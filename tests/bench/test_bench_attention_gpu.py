@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,29 @@ def test_the_smoke_case_gives_a_row_for_everything(tmp_path: Path) -> None:
     done = bench("--smoke", "--out", str(tmp_path / "result.json"))
     assert done.returncode == 0, done.stderr
     assert "its figures mean nothing" in done.stdout
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert {"jax", "jaxlib"} <= set(found["versions"])
+    assert found["command"].startswith("nox -s bench -- attention-gpu --smoke --out ")
+    rows = found["rows"]
     sides = ("library", "cudnn 1", "cudnn 4", "xla 1", "xla 4")
     assert [(row["pass"], row["side"]) for row in rows] == [
         (kind, side) for kind in ("forward", "forward+backward") for side in sides
     ]
+
+
+def test_the_aim_is_held_against_the_quickest_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lwm_jax_ring")
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    scope = runpy.run_path(str(SCRIPT))
+    seconds = {"library": [1.0, 9.0, 1.0], "cudnn 1": [2.0, 2.0, 2.0], "cudnn 4": [2.0, 9.0, 1.25],
+               "xla 1": [4.0, 4.0, 4.0], "xla 4": [4.0, 36.0, 4.0]}  # fmt: skip
+    rows = [{"pass": "forward", "side": side, "seconds": times} for side, times in seconds.items()]
+    assert scope["aims"](scope["SMOKE"], rows) == [
+        {"pass": "forward", "kernel": "cudnn", "best": "library", "ratio": 0.8},
+        {"pass": "forward", "kernel": "xla", "best": "library", "ratio": 0.25},
+    ]
+    faster = [{**row, "seconds": [0.5] * 3} if row["side"] == "cudnn 1" else row for row in rows]
+    assert scope["aims"](scope["SMOKE"], faster)[0]["best"] == "cudnn 1"
 
 
 def test_what_is_timed_is_attention() -> None:

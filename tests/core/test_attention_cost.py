@@ -13,11 +13,13 @@ from lwm_core.attention_cost import (
     AttentionShape,
     MachineRates,
     choose_strategy,
+    hop_shares,
     imbalance,
     repeated_kv_heads,
     strategy_cost,
 )
 from lwm_core.errors import ShapeError, UnsupportedError
+from lwm_core.layout import LayoutKind, SequenceLayout
 from lwm_core.reference import visible
 
 RATES = MachineRates(flops=400e12, bandwidth=100e9)
@@ -66,6 +68,49 @@ def test_long_shards_hide_a_ring_and_short_ones_do_not() -> None:
     assert strategy_cost("ring", short, 64, RATES).exposed > 1.1 * home / 8
     assert choose_strategy(short, 32, RATES).cost.strategy in ("ulysses", "usp")
     assert choose_strategy(LONG, 512, RATES).cost.strategy == "usp"  # too many ranks for 32 heads alone
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("document", "window"), [(None, None), (None, 9), (12, None), (12, 5), (40, 19)])
+def test_hop_shares_are_the_pairs_that_the_oracle_sees(
+    layout: LayoutKind, document: int | None, window: int | None
+) -> None:
+    """The busiest rank of each hop, by counting, in the mean over every place where documents may begin."""
+    length, ranks, mask = 64, 4, AttentionMask("causal", window=window)
+    own = SequenceLayout(layout, ranks).permutation(length).reshape(ranks, -1)
+    pairs = np.zeros((ranks, ranks))  # [hop, rank]
+    for offset in range(document or 1):
+        ids = (np.arange(length) + offset) // (document or length) + 1
+        seen = visible(mask, length, ids[None])[0]
+        for rank in range(ranks):
+            for hop in range(ranks):
+                pairs[hop, rank] += seen[np.ix_(own[rank], own[rank - hop])].sum()
+    expected = pairs.max(axis=1) / pairs.max(axis=1).sum()
+    shape = AttentionShape(length, 1, 1, 8, document=document, mask=mask)
+    shares = dict(hop_shares(shape, layout, ranks))
+    assert [shares.get(hop, 0.0) for hop in range(ranks)] == pytest.approx(expected.tolist())
+
+
+def test_a_window_shorter_than_a_rank_costs_one_hop() -> None:
+    """128K tokens on 8 ranks, a window of 4096: keys of the rank before and of no other."""
+    window = AttentionShape(1 << 17, heads=32, kv_heads=32, head_dim=128, mask=AttentionMask("causal", window=4096))
+    keys = 2 * (1 << 14) * 32 * 128 * 2
+    assert [hop for hop, _ in hop_shares(window, "contiguous", 8)] == [0, 1]
+    cost = strategy_cost("ring", window, 8, RATES, "contiguous")
+    assert cost.sent == 2 * keys + 2 * keys + keys  # there twice, float32 gradients after, and home
+    assert choose_strategy(window, 8, RATES, "contiguous").cost.strategy == "ring"
+    assert strategy_cost("ring", window, 8, RATES, "striped").sent == 7 * 4 * keys + keys
+
+
+def test_what_one_hop_has_to_spare_hides_nothing_of_another() -> None:
+    """Documents of a thousandth of a rank: all work is in hop 0, which can hide the first transfer and no further."""
+    packed = AttentionShape(1 << 23, heads=8, kv_heads=8, head_dim=128, document=1024)
+    keys = 2 * (1 << 20) * 8 * 128 * 2 / RATES.bandwidth
+    (_, first), *rest = hop_shares(packed, "contiguous", 8)
+    assert first > 0.999 and len(rest) == 7
+    # Forward 7 transfers of keys; backward 7 of keys and 7 of gradients twice as large; what is finished goes home.
+    cost = strategy_cost("ring", packed, 8, RATES, "contiguous")
+    assert (7 + 7 + 14 + 1 - 2) * keys - 0.01 * keys < cost.exposed < (7 + 7 + 14 + 1) * keys
 
 
 def test_short_documents_leave_nothing_to_hide_a_ring_behind() -> None:

@@ -31,14 +31,14 @@ def gpu() -> None:
         pytest.skip("jax sees no NVIDIA GPU")
 
 
-def errors(kernel: str, mask: AttentionMask, packed: bool) -> dict[str, float]:
-    """Relative L2 error of out, lse and gradients, bfloat16, grouped heads, one device."""
+def errors(kernel: str, mask: AttentionMask, packed: bool, dtype: str = "bfloat16") -> dict[str, float]:
+    """Relative L2 error of out, lse and gradients, grouped heads, one device."""
     import ml_dtypes
 
     random = np.random.default_rng(0)
-    shape = (2, 2048, 8, 64)
-    q, dout = (random.standard_normal(shape).astype(ml_dtypes.bfloat16) for _ in range(2))
-    k, v = (random.standard_normal((*shape[:2], 2, 64)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    shape, kind = (2, 2048, 8, 64), np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    q, dout = (random.standard_normal(shape).astype(kind) for _ in range(2))
+    k, v = (random.standard_normal((*shape[:2], 2, 64)).astype(kind) for _ in range(2))
     ids = np.sort(random.integers(0, 5, shape[:2]), axis=1).astype(np.int32) if packed else None
     block: dict[str, Any] = {"fused_block": 512} if kernel == "cudnn" else {}
     backend = attention_harness("jax-ring", 1, kernel=kernel, **block)
@@ -62,3 +62,10 @@ def test_cudnn_is_as_right_as_xla(mask: str, packed: bool) -> None:
     ours, plain = (errors(kernel, MASKS[mask], packed) for kernel in ("cudnn", "xla"))
     for name, error in ours.items():
         assert error < max(1.5 * plain[name], 4e-3), f"{name}: {error}, xla {plain[name]}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_float32_is_not_rounded_to_tf32(packed: bool) -> None:
+    """The kernel in plain operations keeps float32's 1e-5; TF32, which a GPU takes by default, loses a hundred times it."""
+    for name, error in errors("xla", MASKS["causal"], packed, "float32").items():
+        assert error < 1e-5, f"{name}: {error}"

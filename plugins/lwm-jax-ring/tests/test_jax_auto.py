@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from lwm_core.attention import AttentionMask
 from lwm_core.attention_cost import AttentionShape
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.mesh import MESH_AXES
@@ -42,13 +43,33 @@ def test_long_sequences_hide_the_ring():
     # 131072 tokens a rank; an ICI link of v4 needs FLOPS / bandwidth = 137.5e12 / 45e9, about 3056 of them (K = H).
     choice = choose(AttentionShape(1 << 20, **LLAMA))
     assert choice.options == AttentionOptions(strategy="ring")
-    assert choice.reasons[0] == "chose ring"
+    assert choice.reasons[0] == "chose ring, for one document a row"
     assert {reason.split(":")[0] for reason in choice.reasons} >= {"ring", "ulysses", "allgather", "usp with inner = 2"}
 
 
 def test_short_sequences_exchange_heads():
     # 512 tokens a rank: the ring's hops are not hidden, and dealing out heads sends a fraction of the bytes.
     assert choose(AttentionShape(4096, **LLAMA)).options.strategy in ("ulysses", "usp")
+
+
+def test_short_documents_are_heard_of():
+    """128 tokens a document leave most hops of a ring with nothing to do; the same rows as one document do not."""
+    shape = AttentionShape(1 << 18, heads=3, kv_heads=3, head_dim=128)
+    packed = AttentionOptions(strategy="auto", document=128)
+    assert choose(shape).options.strategy == "ring"
+    choice = choose(shape, options=packed)
+    assert choice.options.strategy == "allgather" and choice.options.document is None
+    assert choice.reasons[0] == "chose allgather, for documents of 128 tokens"
+    with pytest.raises(ValueError, match="document belongs to strategy 'auto'"):
+        AttentionOptions(strategy="ring", document=128)
+
+
+def test_a_window_is_heard_of():
+    """It leaves a ring of contiguous ranks one hop, which costs less than exchanging heads; stripes need all seven."""
+    window = AttentionShape(1 << 17, **LLAMA, mask=AttentionMask("causal", window=4096))
+    layouts = {name: AttentionOptions(strategy="auto", layout=name) for name in ("contiguous", "striped")}
+    assert choose(window, options=layouts["contiguous"]).options.strategy == "ring"
+    assert choose(window, options=layouts["striped"]).options.strategy in ("ulysses", "usp")
 
 
 def test_heads_that_do_not_divide_leave_exchanging_out():

@@ -216,3 +216,13 @@ def test_no_buffer_grows_with_the_square_of_the_length() -> None:
     for rows in (length, local):
         for columns in (length, local):
             assert f"x{rows}x{columns}x" not in text, (rows, columns)
+
+
+@pytest.mark.parametrize("kernel", [{"kernel": "xla"}, {"kernel": "cudnn", "interpret": True}])
+def test_float32_is_multiplied_in_full_precision(kernel: dict[str, Any]) -> None:
+    """Every product says so, as GPUs and TPUs would round its operands by default; bfloat16 leaves it to the device."""
+    for dtype, precise in (("float32", True), ("bfloat16", False)):
+        loss, arguments = _loss(2, 128, dtype, CAUSAL, **kernel)
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arguments).as_text()
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert len(products) > 6 and all(("[HIGHEST, HIGHEST]" in line) == precise for line in products), dtype

@@ -18,12 +18,17 @@ from flax import traverse_util
 from lwm_core.protocols import Collective, CompiledStep, Stage, TrainerContext
 from lwm_jax_ring.aot.program_text import Instruction, ProgramText, array_bytes
 from lwm_jax_ring.aot.topology import topology_devices, usable_memory
+from lwm_jax_ring.aot.values import largest_values
 from lwm_jax_ring.model.network import Network
 from lwm_jax_ring.train.optimizer import abstract_state
 from lwm_jax_ring.train.options import TrainerOptions
 from lwm_jax_ring.train.stage import StageProgram, stage_program
 
 LARGEST = "largest parameters on a device, each with a gradient and two moments of its size:"
+VALUES = (
+    "largest values of the traced program, a device's part, of those whose layout it states; which of them are kept "
+    "at once the compiler does not tell:"
+)
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -48,13 +53,16 @@ def compile_stage(
         "parameter_bytes": device_bytes(network.shapes, program.shardings),
     }
     began = time.perf_counter()
+    step, shardings = traced(program, network, modalities)
     try:
-        compiled = lowered(program, network, modalities).compile()
+        compiled = step.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         problem = str(error)
         if "RESOURCE_EXHAUSTED" not in problem:
             raise
-        told = "\n".join((out_of_memory(problem), LARGEST, *largest(network.shapes, program.shardings)))
+        values = (f"  {value}" for value in largest_values(step.jaxpr.jaxpr, shardings))
+        parameters = largest(network.shapes, program.shardings)
+        told = "\n".join((out_of_memory(problem), LARGEST, *parameters, VALUES, *values))
         return CompiledStep(**kept, seconds=time.perf_counter() - began, problem=told)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
@@ -89,15 +97,16 @@ def largest(shapes: Any, shardings: Any, most: int = 5) -> list[str]:
     return [line for _, line in sorted(rows, reverse=True)[:most]]
 
 
-def lowered(program: StageProgram, network: Network, modalities: tuple[str, ...]) -> Any:
-    """The step of ``program``, traced; nothing is allocated."""
+def traced(program: StageProgram, network: Network, modalities: tuple[str, ...]) -> tuple[Any, list[Any]]:
+    """The step of ``program``, traced, and the shardings of its arguments in order; nothing is allocated."""
     parameters = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         network.shapes, program.shardings,
     )  # fmt: skip
     state = abstract_state(program.program.optimizer, parameters, program.mesh)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    return program.step.lower(parameters, state, program.abstract_batch(), rate, modalities)
+    given = parameters, state, program.abstract_batch(), jax.ShapeDtypeStruct((), jnp.float32)
+    step = program.step.trace(*given, modalities)
+    return step, [leaf.sharding for leaf in jax.tree.leaves(given)]
 
 
 def collectives(text: ProgramText) -> tuple[Collective, ...]:

@@ -31,7 +31,8 @@ def resolve_strategy(
     """``options`` with ``auto`` replaced; as they are where a strategy is named.
 
     Args:
-        shape: one layer's attention on one group of data-parallel ranks, all heads.
+        shape: one layer's attention on one group of data-parallel ranks, all heads. Where it does not say how long
+            documents are, ``options.document`` does.
         rates: of a device of the mesh; looked up by its kind by default.
 
     Raises:
@@ -44,7 +45,12 @@ def resolve_strategy(
     if world == 1:
         return AttentionChoice(_with(options, "ring", 1), ("chose ring: one device holds the whole sequence",))
     rates = rates or device_rates(mesh.devices.flat[0], mesh.size)
-    local = replace(shape, heads=shape.heads // split, kv_heads=max(1, shape.kv_heads // split))
+    local = replace(
+        shape,
+        heads=shape.heads // split,
+        kv_heads=max(1, shape.kv_heads // split),
+        document=shape.document or options.document,
+    )
     fitting, reasons = [], []
     for strategy in STRATEGIES:
         try:
@@ -60,8 +66,10 @@ def resolve_strategy(
     cost = choice.cost
     named = _with(options, cost.strategy, cost.inner)
     name = f"usp with inner = {cost.inner}" if cost.strategy == "usp" else cost.strategy
-    return AttentionChoice(named, (f"chose {name}", *reasons, *choice.reasons))
+    told = f"documents of {local.document} tokens" if local.document else "one document a row"
+    return AttentionChoice(named, (f"chose {name}, for {told}", *reasons, *choice.reasons))
 
 
 def _with(options: AttentionOptions, strategy: str, inner: int | None) -> AttentionOptions:
-    return options.model_copy(update={"strategy": strategy, "inner": inner if strategy == "usp" else None})
+    inner = inner if strategy == "usp" else None
+    return options.model_copy(update={"strategy": strategy, "document": None, "inner": inner})

@@ -15,6 +15,9 @@ class AttentionOptions(BaseModel):
     strategy: Literal["ring", "allgather", "ulysses", "usp", "auto"] = Field(
         "ring", description="how keys and values reach the queries; auto: the cheapest by heads, mesh and devices"
     )
+    document: int | None = Field(
+        None, gt=0, description="auto: mean tokens of a document in packed rows, if known; none: one fills the row"
+    )
     layout: Literal["contiguous", "zigzag", "striped"] = Field(
         "zigzag", description="how tokens are dealt to ranks; zigzag evens out causal work; ulysses has one rank"
     )
@@ -35,6 +38,12 @@ class AttentionOptions(BaseModel):
     softcap: float | None = Field(
         None, gt=0, description="bends the scores softly into ±softcap, for models trained so; none: as they are"
     )
+
+    @model_validator(mode="after")
+    def _document_is_autos(self) -> AttentionOptions:
+        if self.document is not None and self.strategy != "auto":
+            raise ValueError(f"document belongs to strategy 'auto', but strategy is {self.strategy!r}; remove it")
+        return self
 
     @model_validator(mode="after")
     def _inner_is_usps(self) -> AttentionOptions:

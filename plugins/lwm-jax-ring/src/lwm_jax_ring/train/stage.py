@@ -29,7 +29,7 @@ from lwm_jax_ring.model.rope import rope_tables
 from lwm_jax_ring.model.sharding import ROWS, gathered, stream_sharding
 from lwm_jax_ring.train.optimizer import state_shardings
 from lwm_jax_ring.train.options import TrainerOptions
-from lwm_jax_ring.train.step import Program
+from lwm_jax_ring.train.step import MASK, Program
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,15 @@ def stage_program(
         )
     mesh = make_mesh(sizes, devices)
     model, dtype = network.config, jnp.dtype(options.compute_dtype)
+    # A stage does not say how long its documents are: they are known with the first batch. Options may tell.
     shape = AttentionShape(
-        stage.seq_len, model.num_heads, model.num_kv_heads, model.head_dim, micro // data_ranks(sizes), dtype.itemsize
+        seq_len=stage.seq_len,
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rows=micro // data_ranks(sizes),
+        element_bytes=dtype.itemsize,
+        mask=MASK,
     )
     attention = context.attention.resolve(context.attention_options, shape, mesh, AttentionAxes())
     backend = context.attention.build(attention.options, mesh, AttentionAxes(), stage.seq_len)

@@ -21,6 +21,9 @@ from lwm_jax_ring.model.loss import modality_sums, modality_weights
 from lwm_jax_ring.model.rope import RopeTables
 from lwm_jax_ring.train.optimizer import update
 
+MASK = AttentionMask("causal")
+"""What a token of a language model sees."""
+
 Arrays = dict[str, jax.Array]
 """tokens, targets, segment_ids, positions, loss_weights; each ``[B,S]`` or ``[A,B,S]``."""
 
@@ -43,7 +46,7 @@ class Program:
         model = self.merge(parameters)
 
         def attend(q, k, v, given):  # type: ignore[no-untyped-def]
-            return self.attend(q, k, v, AttentionMask("causal"), batch["segment_ids"]), None
+            return self.attend(q, k, v, MASK, batch["segment_ids"]), None
 
         hidden, _ = model.hidden(batch["tokens"], batch["positions"], self.rope, attend, how=self.compute)
         return modality_sums(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lwm_jax_ring.attention.blocks import Keys, Queries
 
@@ -70,3 +71,9 @@ def row_sums(out: jax.Array, dout: jax.Array) -> jax.Array:
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     """Scores bent softly into ±softcap: ``cap · tanh(scores / cap)`` (Gemma 2, arXiv 2408.00118, section 2)."""
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def precision(x: jax.Array) -> lax.Precision:
+    """Of a product of arrays like ``x``: full for float32, which JAX multiplies in TF32 on GPUs and in bfloat16 on TPUs
+    unless it is told otherwise."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT

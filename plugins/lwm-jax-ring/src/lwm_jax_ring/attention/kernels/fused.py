@@ -19,6 +19,7 @@ from jax import lax
 from lwm_core.errors import UnsupportedError
 from lwm_jax_ring.attention.blocks import Keys, Queries
 from lwm_jax_ring.attention.kernels import xla
+from lwm_jax_ring.attention.kernels.contract import precision
 
 SKIP, WHOLE, MASKED, DIAGONAL = xla.SKIP, xla.WHOLE, xla.MASKED, xla.MASKED + 1
 
@@ -224,14 +225,14 @@ class InterpretedFused:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     def _scores(self, q: jax.Array, k: jax.Array, causal: bool) -> jax.Array:
-        scores = jnp.einsum("bqkgd,btkd->bkgqt", _grouped(q, k), k, preferred_element_type=jnp.float32)
+        scores = _product("bqkgd,btkd->bkgqt", _grouped(q, k), k)
         return jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf) if causal else scores
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
         scores = self._scores(q, k, causal)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-        out = jnp.einsum("bkgqt,btkd->bqkgd", weights, v, preferred_element_type=jnp.float32)
+        out = _product("bkgqt,btkd->bqkgd", weights, v)
         return out.reshape(q.shape).astype(q.dtype), jnp.moveaxis(lse, -1, 1).reshape(q.shape[:-1])
 
     def backward(
@@ -241,12 +242,17 @@ class InterpretedFused:
         lse_g = jnp.moveaxis(lse.reshape(q_g.shape[:-1]), 1, -1)[..., None]
         weights = jnp.exp(self._scores(q, k, causal) - lse_g)
         delta = (out_g.astype(jnp.float32) * dout_g.astype(jnp.float32)).sum(-1)
-        dweights = jnp.einsum("bqkgd,btkd->bkgqt", dout_g, v, preferred_element_type=jnp.float32)
+        dweights = _product("bqkgd,btkd->bkgqt", dout_g, v)
         dscores = (weights * (dweights - jnp.moveaxis(delta, 1, -1)[..., None])).astype(q.dtype)
-        dq = jnp.einsum("bkgqt,btkd->bqkgd", dscores, k, preferred_element_type=jnp.float32).reshape(q.shape)
-        dk = jnp.einsum("bkgqt,bqkgd->btkd", dscores, q_g, preferred_element_type=jnp.float32)
-        dv = jnp.einsum("bkgqt,bqkgd->btkd", weights.astype(q.dtype), dout_g, preferred_element_type=jnp.float32)
+        dq = _product("bkgqt,btkd->bqkgd", dscores, k).reshape(q.shape)
+        dk = _product("bkgqt,bqkgd->btkd", dscores, q_g)
+        dv = _product("bkgqt,bqkgd->btkd", weights.astype(q.dtype), dout_g)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``einsum`` with a float32 result."""
+    return jnp.einsum(subscripts, a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 
 def _grouped(x: jax.Array, k: jax.Array) -> jax.Array:

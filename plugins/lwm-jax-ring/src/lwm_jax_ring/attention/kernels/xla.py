@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lwm_jax_ring.attention.blocks import Keys, Queries
-from lwm_jax_ring.attention.kernels.contract import capped, row_sums
+from lwm_jax_ring.attention.kernels.contract import capped, precision, row_sums
 
 SKIP, WHOLE, MASKED = 0, 1, 2
 
@@ -115,8 +115,8 @@ def _seen(queries: Queries, keys: Keys, groups: int) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Batched matrix product over leading [B, K], float32 result whatever the inputs."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    """Batched matrix product over leading [B, K], float32 result whatever the inputs; float32 ones in full precision."""
+    return jnp.matmul(a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 
 def start(split_q: jax.Array) -> State:

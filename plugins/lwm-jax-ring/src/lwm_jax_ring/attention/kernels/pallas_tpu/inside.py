@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lwm_core.errors import ShapeError
+from lwm_jax_ring.attention.kernels.contract import precision
 from lwm_jax_ring.attention.kernels.pallas_tpu.plan import LANES
 
 UNSEEN = -2.0e38
@@ -63,9 +64,8 @@ class Logits:
 
 def dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
     """The product of two matrices over one dimension of each: float32, and in full precision if they are float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((over_a,), (over_b,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dims, precision=precision(a), preferred_element_type=jnp.float32)
 
 
 def column(row: jax.Array) -> jax.Array:
