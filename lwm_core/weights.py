@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +38,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 _MOST_NAMED = 4  # parameters named in one message
+_BLOCK = 4 * 2**20  # bytes that are converted and written at a time
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def write_model_folder(
 ) -> None:
     """Write a model; ``parameters`` gives (canonical name, array) in any order, each once.
 
+    One array is held at a time, and a few MiB of it in ``dtype``.
+
     Raises:
         CheckpointError: a parameter is missing, unknown, given twice or of another shape.
     """
@@ -126,7 +130,8 @@ def write_model_folder(
                 raise CheckpointError(f"{folder}: parameter {name} has shape {array.shape}; expected {shapes[name]}")
             missing.remove(name)
             file.seek(start + header[name]["data_offsets"][0])
-            file.write(np.ascontiguousarray(array, dtype=target).reshape(-1).view(np.uint8).data)
+            _write(file, array, target)
+            del array  # before the next is made
         if missing:
             raise CheckpointError(f"{folder}: {_listed('missing', [n for n in shapes if n in missing])}")
         file.flush()
@@ -134,6 +139,14 @@ def write_model_folder(
     partial.replace(folder / WEIGHTS_FILE)
     config = json.dumps(to_huggingface(model, rope, seq_len, dtype), indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+
+
+def _write(file: IO[bytes], array: NDArray[Any], target: np.dtype[Any]) -> None:
+    """The array row by row, whatever its order and dtype in memory; converted a few MiB at a time."""
+    rows = max(1, _BLOCK // max(1, target.itemsize * prod(array.shape[1:])))
+    for start in range(0, len(array), rows):
+        block = np.ascontiguousarray(array[start : start + rows], dtype=target)
+        file.write(block.reshape(-1).view(np.uint8).data)
 
 
 def read_model_folder(folder: Path) -> ModelFolder:

@@ -80,7 +80,7 @@ def run_import(args: argparse.Namespace) -> int:
     source = open_source(args.source, Unsaid(args.theta, args.seq_len, args.heads))
     old = source.model.vocabulary.size
     if args.vision_size is not None:
-        source = with_vision(source, args.vision_size)
+        source = with_vision(source, args.vision_size, args.dtype)
     model = source.model
     with _whole_or_nothing(args.folder):
         write_model_folder(args.folder, model, source.rope, source.seq_len, source.parameters(), args.dtype)

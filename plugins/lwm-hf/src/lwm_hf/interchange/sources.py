@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from lwm_hf.interchange.stream_file import read_stream
 
 Parameters = Iterator[tuple[str, NDArray[Any]]]
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DRAWN = 128  # rows drawn at a time
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -108,11 +110,26 @@ def _torch_bins(folder: Path, model: ModelConfig) -> Parameters:
             raise CheckpointError(f"{folder / name}: cannot be read as tensors alone: {reason}") from None
         for key, tensor in tensors.items():
             if key in wanted:  # older releases hold the rotary frequencies too
-                yield key, tensor.float().numpy()
+                yield key, _array_of(tensor.detach())
 
 
-def with_vision(source: Source, vision_size: int, seed: int = 0) -> Source:
+def _array_of(tensor: Any) -> NDArray[Any]:
+    """The tensor's own memory as an array."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def with_vision(source: Source, vision_size: int, dtype: str, seed: int = 0) -> Source:
     """The same model with ``vision_size`` rows for vision ids after the text's, drawn from N(0, init_std²).
+
+    Args:
+        source: a text model.
+        vision_size: rows.
+        dtype: of the grown tables.
+        seed: of the draw.
 
     Raises:
         UsageError: it has such rows already.
@@ -127,9 +144,19 @@ def with_vision(source: Source, vision_size: int, seed: int = 0) -> Source:
         random = np.random.default_rng(seed)
         for name, array in source.parameters():
             if name in TABLES:
-                new = random.normal(0.0, model.init_std, (vision_size, model.hidden_size)).astype(np.float32)
-                yield name, np.concatenate([np.asarray(array, np.float32), new])
-            else:
-                yield name, array
+                array = _with_rows(array, vision_size, dtype, model.init_std, random)
+            yield name, array
+            del array  # before the next is made
 
     return replace(source, model=model, parameters=grown)
+
+
+def _with_rows(table: NDArray[Any], new: int, dtype: str, std: float, random: np.random.Generator) -> NDArray[Any]:
+    """``[V + new, E]``: the table, and rows from N(0, std²)."""
+    old, hidden = table.shape
+    grown = np.empty((old + new, hidden), dtype)
+    grown[:old] = table
+    for start in range(old, old + new, DRAWN):
+        part = grown[start : start + DRAWN]
+        part[...] = random.normal(0.0, std, part.shape)
+    return grown
