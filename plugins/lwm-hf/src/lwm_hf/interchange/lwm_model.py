@@ -93,7 +93,7 @@ def parameters(path: Path, arrays: Arrays, model: ModelConfig) -> Iterator[tuple
 
 
 def _table(path: Path, found: Sequence[StoredArray], *, turned: bool) -> NDArray[Any]:
-    """``[V, E]`` of the text's ids and then, where there is such a table, of the vision's; ``turned``: stored [E, V]."""
+    """``[V, E]`` of the text's ids and then, if it has some, of the vision's; ``turned``: stored as ``[E, V]``."""
     shapes = [one.shape[::-1] if turned else one.shape for one in found]
     sizes, hidden = [shape[0] for shape in shapes], shapes[0][-1]
     if any(shape[1:] != (hidden,) for shape in shapes):

@@ -19,11 +19,19 @@ from lwm_core.errors import CheckpointError, UnsupportedError, UsageError
 from lwm_core.model import ModelConfig, canonical_shapes
 from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
-from lwm_core.weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_model_config, read_model_folder
+from lwm_core.weights import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    read_model_config,
+    read_model_folder,
+)
 from lwm_hf.interchange import lwm_model
 from lwm_hf.interchange.stream_file import read_stream
 
 Parameters = Iterator[tuple[str, NDArray[Any]]]
+TOKENIZER_FILE = "tokenizer.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DRAWN = 128  # rows drawn at a time
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -78,6 +86,26 @@ def open_source(path: Path, unsaid: Unsaid) -> Source:
         f"{path}: no {WEIGHTS_FILE}, {INDEX_FILE}, {TORCH_FILE} or {TORCH_INDEX}; expected a Hugging Face Llama with "
         f"{CONFIG_FILE}, or the file of LWM's JAX release itself"
     )
+
+
+def special_ids(path: Path, tokenizer: Path | None) -> dict[str, Any]:
+    """``bos``, ``eos`` and ``pad`` as the model at ``path`` has them, else the tokenizer in ``tokenizer``.
+
+    Raises:
+        DataError: the tokenizer's file is none, or nothing ends a document there.
+    """
+    if (path / CONFIG_FILE).is_file():
+        files = [path / name for name in (CONFIG_FILE, GENERATION_FILE) if (path / name).is_file()]
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in files]  # what generates has the last word
+        ids = {role: [one[f"{role}_token_id"] for one in told if one.get(f"{role}_token_id") is not None]
+               for role in ("bos", "eos", "pad")}  # fmt: skip
+        if any(ids.values()):
+            return {role: found[-1] for role, found in ids.items() if found}
+    if tokenizer is not None and (tokenizer / TOKENIZER_FILE).is_file():
+        from lwm_hf.tokenizer import load_tokenizer
+
+        return dict(load_tokenizer(tokenizer).special_ids)
+    return {}
 
 
 def _stream(path: Path, unsaid: Unsaid) -> Source:
