@@ -15,16 +15,19 @@ from typing import Any
 from lwm_core.errors import CheckpointError
 from lwm_core.model import ModelConfig
 from lwm_core.rope import RopeSpec
-from lwm_core.rope_scalings import linear, llama3, yarn
+from lwm_core.rope_scalings import SCALINGS, linear, llama3, yarn
 from lwm_core.vocab import Vocabulary
 
 KINDS = ("llama", "qwen2")
 """``model_type`` of networks that are this project's Llama."""
 
+NAMED = ("linear", "llama3", "yarn")
+"""Scalings that have the same name and formula there; NTK's is a theta, and leaves as that."""
+
 
 def to_huggingface(model: ModelConfig, rope: RopeSpec, seq_len: int, dtype: str) -> dict[str, Any]:
     """The configuration of a model that was trained with rows of ``seq_len`` tokens."""
-    scaling = _scaling_words(rope, seq_len)
+    scaling = _scaling_words(rope, model.head_dim, seq_len)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -56,14 +59,21 @@ def to_huggingface(model: ModelConfig, rope: RopeSpec, seq_len: int, dtype: str)
     }
 
 
-def _scaling_words(rope: RopeSpec, seq_len: int) -> dict[str, Any] | None:
-    """Hugging Face's words for any factors: ``longrope`` divides each frequency by a number of its own.
+def _scaling_words(rope: RopeSpec, head_dim: int, seq_len: int) -> dict[str, Any] | None:
+    """The scaling in Hugging Face's words: its own name where it has one there, else ``longrope``.
 
-    Its two lists are for rows up to and beyond ``original_max_position_embeddings``; they are the same here.
+    ``longrope`` divides each frequency by a number of its own. Its two lists are for rows up to and beyond
+    ``original_max_position_embeddings``; they are the same here.
     """
-    if rope.factors is None:
+    if rope.factors is None and rope.attention_factor == 1.0:
         return None
-    divisors = [1.0 / factor for factor in rope.factors]
+    if rope.scaling is not None and rope.scaling.name in NAMED:
+        parameters = dict(rope.scaling.parameters)
+        if SCALINGS[rope.scaling.name](rope.theta, head_dim, **parameters) == rope:  # else they are of other factors
+            original = {"original_max_position_embeddings": parameters.pop("original", None)}
+            words = {"rope_type": rope.scaling.name, **parameters, **original}
+            return {name: value for name, value in words.items() if value is not None}
+    divisors = [1.0 / factor for factor in rope.factors or (1.0,) * (head_dim // 2)]
     return {
         "rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0,
         "original_max_position_embeddings": seq_len, "attention_factor": rope.attention_factor,
@@ -104,7 +114,7 @@ def from_huggingface(path: Path, values: Mapping[str, Any]) -> tuple[ModelConfig
         init_std=values.get("initializer_range", 0.02),
         qkv_bias=values.get("attention_bias", kind == "qwen2"),
     )
-    rope = _own_rope(values, own) if own else _rope(path, values, model.head_dim)
+    rope = _own_rope(path, values, own, model.head_dim) if own else _rope(path, values, model.head_dim)
     return model, rope, int(own.get("seq_len", values["max_position_embeddings"]))
 
 
@@ -113,9 +123,13 @@ def _theta(values: Mapping[str, Any]) -> float:
     return float((values.get("rope_parameters") or values).get("rope_theta", 10_000.0))
 
 
-def _own_rope(values: Mapping[str, Any], own: Mapping[str, Any]) -> RopeSpec:
+def _own_rope(path: Path, values: Mapping[str, Any], own: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    """From the factors themselves, with the words that another may have for them."""
     factors = own.get("rope_factors")
-    return RopeSpec(_theta(values), None if factors is None else tuple(factors), own.get("rope_attention_factor", 1.0))
+    words = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    told = None if words.get("rope_type") not in NAMED else _rope(path, values, head_dim).scaling
+    factor = own.get("rope_attention_factor", 1.0)
+    return RopeSpec(_theta(values), None if factors is None else tuple(factors), factor, told)
 
 
 def _rope(path: Path, values: Mapping[str, Any], head_dim: int) -> RopeSpec:

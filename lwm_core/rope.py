@@ -10,12 +10,26 @@ Shapes: D head dim, S sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lwm_core.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """The name and parameters of the scaling that factors came from, to say it in those words to others.
+
+    Args:
+        name: one of ``lwm_core.rope_scalings.SCALINGS``.
+        parameters: what that scaling takes, theta and head dim aside.
+    """
+
+    name: str
+    parameters: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class RopeSpec:
         theta: the base.
         factors: ``D/2`` multipliers of the frequencies, from a context plugin's scaling; None for plain RoPE.
         attention_factor: multiplies cos and sin (YaRN's temperature); logits scale by its square.
+        scaling: where the factors came from, if that is known; nothing is computed from it.
 
     Raises:
         ShapeError: theta is not positive, or a factor is not.
@@ -34,6 +49,7 @@ class RopeSpec:
     theta: float = 10_000.0
     factors: tuple[float, ...] | None = None
     attention_factor: float = 1.0
+    scaling: RopeScaling | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.theta > 0:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import ShapeError
-from lwm_core.rope import RopeSpec
+from lwm_core.rope import RopeScaling, RopeSpec
 
 
 def none(theta: float, head_dim: int) -> RopeSpec:
@@ -29,7 +29,7 @@ def linear(theta: float, head_dim: int, *, factor: float) -> RopeSpec:
         ShapeError: ``factor`` is below 1.
     """
     _stretches("linear", factor)
-    return RopeSpec(theta, factors=(1.0 / factor,) * (head_dim // 2))
+    return RopeSpec(theta, factors=(1.0 / factor,) * (head_dim // 2), scaling=RopeScaling("linear", {"factor": factor}))
 
 
 def ntk(theta: float, head_dim: int, *, factor: float) -> RopeSpec:
@@ -69,6 +69,8 @@ def yarn(
         ShapeError: ``factor`` is below 1, ``theta`` is not above 1, or the betas are not positive and ordered.
     """
     _stretches("yarn", factor)
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(factor) + 1.0
     if not (beta_fast > beta_slow > 0 and theta > 1):
         raise ShapeError(
             f"RoPE scaling 'yarn': beta_fast = {beta_fast}, beta_slow = {beta_slow}, theta = {theta}; "
@@ -88,8 +90,12 @@ def yarn(
     return RopeSpec(
         theta,
         factors=_tuple(1.0 - ramp + ramp / factor),
-        attention_factor=0.1 * math.log(factor) + 1.0 if attention_factor is None else attention_factor,
-    )
+        attention_factor=attention_factor,
+        scaling=RopeScaling("yarn", {
+            "factor": factor, "original": original, "beta_fast": beta_fast, "beta_slow": beta_slow,
+            "truncate": truncate, "attention_factor": attention_factor,
+        }),
+    )  # fmt: skip
 
 
 def llama3(
@@ -113,7 +119,11 @@ def llama3(
     turns = original * RopeSpec(theta).inverse_frequencies(head_dim) / (2 * math.pi)
     # Clipping t joins the three cases: the blend is f / s at t = 0 and f at t = 1.
     blend = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
-    return RopeSpec(theta, factors=_tuple((1.0 - blend) / factor + blend))
+    words = {
+        "factor": factor, "original": original, "low_freq_factor": low_freq_factor,
+        "high_freq_factor": high_freq_factor,
+    }  # fmt: skip
+    return RopeSpec(theta, factors=_tuple((1.0 - blend) / factor + blend), scaling=RopeScaling("llama3", words))
 
 
 SCALINGS: Mapping[str, Callable[..., RopeSpec]] = MappingProxyType(

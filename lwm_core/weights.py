@@ -1,8 +1,8 @@
 """Model folders: ``model.safetensors`` with canonical names, and ``config.json`` (see :mod:`lwm_core.llama_config`).
 
 Arrays are written one at a time at their place in the file and mapped lazily when read, so a model never has to fit in
-memory twice. A folder whose arrays are dealt to several files, with ``model.safetensors.index.json``, as Hugging Face
-keeps large models, is read too. Nothing is pickled.
+memory twice. A large model's arrays are dealt to several files, with ``model.safetensors.index.json``, as Hugging Face
+keeps them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import IO, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +28,10 @@ from lwm_core.rope import RopeSpec
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+FILE_BYTES = 5_000_000_000
+"""What one file of arrays may hold: the size that transformers long had."""
+_PARTIAL = ".partial"
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -37,6 +43,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16"}
 _MOST_NAMED = 4  # parameters named in one message
+_BLOCK = 4 * 2**20  # bytes that are converted and written at a time
 
 
 @dataclass(frozen=True)
@@ -89,51 +96,116 @@ class ModelFolder:
 
 
 def write_model_folder(
-    folder: Path,
-    model: ModelConfig,
-    rope: RopeSpec,
-    seq_len: int,
-    parameters: Iterable[tuple[str, NDArray[Any]]],
-    dtype: Dtype = "float32",
-) -> None:
+    folder: Path, model: ModelConfig, rope: RopeSpec, seq_len: int, parameters: Iterable[tuple[str, NDArray[Any]]],
+    dtype: Dtype = "float32", *, special_ids: Mapping[str, Any] = MappingProxyType({}), file_bytes: int = FILE_BYTES,
+) -> None:  # fmt: skip
     """Write a model; ``parameters`` gives (canonical name, array) in any order, each once.
+
+    One array is held at a time, and a few MiB of it in ``dtype``. Nothing has its name before all of it is written.
+
+    Args:
+        special_ids: of the tokenizer, by role; ``bos``, ``eos`` and ``pad`` are told to whoever generates.
+        file_bytes: arrays of more than this together are dealt to several files, each of no more than this but for one
+            array that is larger alone.
 
     Raises:
         CheckpointError: a parameter is missing, unknown, given twice or of another shape.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = canonical_shapes(model)
-    target = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(np.float32)
+    target = _DTYPES[_CODES[dtype]]
+    dealt = _dealt(shapes, target.itemsize, file_bytes)
+    places: dict[str, _Place] = {}
+    for name, held in dealt.items():
+        places |= _begin_file(folder / f"{name}{_PARTIAL}", {key: shapes[key] for key in held}, target, _CODES[dtype])
+    missing = set(shapes)
+    for name, array in parameters:
+        if name not in missing:
+            what = "is given twice" if name in shapes else "is no parameter of this model"
+            raise CheckpointError(f"{folder}: parameter {name} {what}")
+        if array.shape != shapes[name]:
+            raise CheckpointError(f"{folder}: parameter {name} has shape {array.shape}; expected {shapes[name]}")
+        missing.remove(name)
+        with places[name].path.open("r+b") as file:
+            file.seek(places[name].offset)
+            _write(file, array, target)
+        del array  # before the next is made
+    if missing:
+        raise CheckpointError(f"{folder}: {_listed('missing', [n for n in shapes if n in missing])}")
+    _name_files(folder, dealt, sum(prod(shape) for shape in shapes.values()), target.itemsize)
+    roles = {f"{role}_token_id": special_ids.get(role) for role in ("bos", "eos", "pad")}
+    for name, values in (
+        (GENERATION_FILE, {key: value for key, value in roles.items() if value is not None}),
+        (CONFIG_FILE, {**to_huggingface(model, rope, seq_len, dtype), **roles}),
+    ):
+        _write_json(folder / name, values)
+
+
+def _dealt(shapes: Mapping[str, tuple[int, ...]], itemsize: int, file_bytes: int) -> dict[str, list[str]]:
+    """File → the parameters that it holds, in their order, named as ``transformers`` names them."""
+    files: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * itemsize
+        if files[-1] and held + size > file_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(name)
+        held += size
+    if len(files) == 1:
+        return {WEIGHTS_FILE: files[0]}
+    return {f"model-{number:05}-of-{len(files):05}.safetensors": one for number, one in enumerate(files, 1)}
+
+
+def _begin_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any], code: str
+) -> dict[str, _Place]:
+    """Write a safetensors file's header and make room for its arrays; tells where each lies."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * target.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the arrays start at a multiple of 8, as the library writes them
-    partial = folder / f"{WEIGHTS_FILE}.partial"
-    missing = set(shapes)
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         start = file.tell()
         file.truncate(start + offset)
-        for name, array in parameters:
-            if name not in missing:
-                what = "is given twice" if name in shapes else "is no parameter of this model"
-                raise CheckpointError(f"{folder}: parameter {name} {what}")
-            if array.shape != shapes[name]:
-                raise CheckpointError(f"{folder}: parameter {name} has shape {array.shape}; expected {shapes[name]}")
-            missing.remove(name)
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(np.ascontiguousarray(array, dtype=target).reshape(-1).view(np.uint8).data)
-        if missing:
-            raise CheckpointError(f"{folder}: {_listed('missing', [n for n in shapes if n in missing])}")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / WEIGHTS_FILE)
-    config = json.dumps(to_huggingface(model, rope, seq_len, dtype), indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+    return {name: _Place(path, start + header[name]["data_offsets"][0], dtype, shapes[name]) for name in shapes}
+
+
+def _name_files(folder: Path, dealt: Mapping[str, list[str]], count: int, itemsize: int) -> None:
+    """Give what is written its names; what an earlier model of another size has left goes first."""
+    for name in dealt:
+        with (folder / f"{name}{_PARTIAL}").open("rb+") as file:
+            os.fsync(file.fileno())
+    # Without an index, files of which some are of an earlier model and some of this are read as no model at all.
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    for old in (WEIGHTS_FILE, *(path.name for path in folder.glob("model-*-of-*.safetensors"))):
+        if old not in dealt:
+            (folder / old).unlink(missing_ok=True)
+    for name in dealt:
+        (folder / f"{name}{_PARTIAL}").replace(folder / name)
+    if len(dealt) > 1:
+        files = {key: name for name, held in dealt.items() for key in held}
+        totals = {"total_parameters": count, "total_size": count * itemsize}
+        _write_json(folder / INDEX_FILE, {"metadata": totals, "weight_map": files})
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}{_PARTIAL}")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _write(file: IO[bytes], array: NDArray[Any], target: np.dtype[Any]) -> None:
+    """The array row by row, whatever its order and dtype in memory; converted a few MiB at a time."""
+    rows = max(1, _BLOCK // max(1, target.itemsize * prod(array.shape[1:])))
+    for start in range(0, len(array), rows):
+        block = np.ascontiguousarray(array[start : start + rows], dtype=target)
+        file.write(block.reshape(-1).view(np.uint8).data)
 
 
 def read_model_folder(folder: Path) -> ModelFolder:

@@ -105,5 +105,8 @@ def write_samples(
 
 def export_model(folder: Path, pipeline: Pipeline, model: Model, stage: Stage) -> None:
     """Write the parameters as a model folder, in float32 so that nothing is lost, with the tokenizer."""
-    write_model_folder(folder, pipeline.model, stage.rope, stage.seq_len, model.iter_parameters(), "float32")
+    write_model_folder(
+        folder, pipeline.model, stage.rope, stage.seq_len, model.iter_parameters(), "float32",
+        special_ids=pipeline.tokenizer.special_ids,
+    )  # fmt: skip
     pipeline.tokenizer.save(folder)

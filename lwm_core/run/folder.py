@@ -16,7 +16,7 @@ from lwm_core.config.envelope import RunConfig
 from lwm_core.config.load import LoadedConfig
 from lwm_core.errors import UsageError
 from lwm_core.protocols import Stage
-from lwm_core.rope import RopeSpec
+from lwm_core.rope import RopeScaling, RopeSpec
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -146,8 +146,11 @@ def stages_from(values: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 def rope_from(values: Mapping[str, Any]) -> RopeSpec:
     """A RoPE as JSON has it."""
-    factors = values["factors"]
-    return RopeSpec(**{**values, "factors": None if factors is None else tuple(factors)})
+    factors, scaling = values["factors"], values.get("scaling")
+    return RopeSpec(
+        **{**values, "factors": None if factors is None else tuple(factors),
+           "scaling": None if scaling is None else RopeScaling(**scaling)}
+    )  # fmt: skip
 
 
 if sys.platform == "win32":  # pragma: no cover

@@ -11,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lwm_core.errors import CheckpointError
@@ -217,3 +219,66 @@ def test_writing_wrong_parameters_is_refused_and_leaves_no_model(tmp_path: Path,
     with pytest.raises(CheckpointError):
         write_model_folder(tmp_path, config, ROPE, 512, iter(rows))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@settings(max_examples=40)
+@given(file_bytes=st.integers(1, 40_000), dtype=st.sampled_from(["float32", "bfloat16"]), seed=st.integers(0, 99))
+def test_any_size_of_files_holds_the_same(
+    file_bytes: int, dtype: str, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Given in any order; read by the library itself, and no file larger than was asked but for one array alone."""
+    folder, config = tmp_path_factory.mktemp("dealt"), model()
+    values = arrays(config)
+    order = np.random.default_rng(seed).permutation(list(values))
+    write_model_folder(folder, config, ROPE, 512, ((n, values[n]) for n in order), dtype, file_bytes=file_bytes)
+    target = np.dtype(np.float32) if dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
+    files = sorted(folder.glob("*.safetensors"))
+    whole = target.itemsize * sum(value.size for value in values.values())
+    assert [path.name for path in files] == (
+        ["model.safetensors"] if whole <= file_bytes
+        else [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    )  # fmt: skip
+    found: dict[str, np.ndarray] = {}
+    for path in files:
+        held = load_file(path)
+        size = target.itemsize * sum(value.size for value in held.values())
+        assert size <= file_bytes or len(held) == 1
+        assert not found.keys() & held.keys()
+        found |= held
+    read = read_model_folder(folder).parameters
+    for name, value in values.items():
+        assert np.array_equal(found[name], value.astype(target)) and np.array_equal(read[name], found[name])
+    index = folder / "model.safetensors.index.json"
+    assert index.exists() == (len(files) > 1)
+    if index.exists():
+        assert json.loads(index.read_text())["metadata"]["total_size"] == whole
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_model_that_another_replaces_leaves_nothing(tmp_path: Path) -> None:
+    """Many files, then one, then fewer; and what breaks off leaves the earlier model as it was."""
+    config = model()
+    values = arrays(config)
+    for size in (3_000, 10**9, 9_000):
+        changed = {name: value + size for name, value in values.items()}
+        write_model_folder(tmp_path, config, ROPE, 512, changed.items(), file_bytes=size)
+        read = read_model_folder(tmp_path).parameters
+        assert all(np.array_equal(read[name], value) for name, value in changed.items())
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert files == set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    with pytest.raises(CheckpointError, match="missing"):
+        write_model_folder(tmp_path, config, ROPE, 512, list(values.items())[:-1], file_bytes=3_000)
+    read = read_model_folder(tmp_path).parameters
+    assert all(np.array_equal(read[name], value) for name, value in changed.items())
+
+
+def test_whoever_generates_is_told_where_to_stop(tmp_path: Path) -> None:
+    """Ids that are not known are null: transformers would take 1 and 2 for them otherwise."""
+    config = model()
+    for ids in ({"bos": 7, "eos": 9, "pad": 3, "vision_start": 5}, {"eos": [9, 8]}, {}):
+        write_model_folder(tmp_path, config, ROPE, 512, arrays(config).items(), special_ids=ids)
+        told = json.loads((tmp_path / "config.json").read_text())
+        generation = json.loads((tmp_path / "generation_config.json").read_text())
+        for role in ("bos", "eos", "pad"):
+            assert told[f"{role}_token_id"] == ids.get(role) == generation.get(f"{role}_token_id")
+        assert len(generation) == len(ids.keys() & {"bos", "eos", "pad"})

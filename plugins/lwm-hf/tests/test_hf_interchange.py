@@ -6,86 +6,25 @@ Shapes: L layers, E hidden size, F feed-forward size, H query heads, K key-value
 from __future__ import annotations
 
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hf_cases import THETA, arrays, as_lwm, model, write_stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwm_core.cli import main
 from lwm_core.errors import CheckpointError
-from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.rope import RopeSpec
-from lwm_core.vocab import Vocabulary
 from lwm_core.weights import CONFIG_FILE, read_model_folder, write_model_folder
-from lwm_hf.interchange.lwm_model import halves
+from lwm_hf.interchange.lwm_model import as_pairs
 from lwm_hf.interchange.stream_file import StoredArray, read_stream
 
-flax = pytest.importorskip("flax")
 msgpack = pytest.importorskip("msgpack")
+pytest.importorskip("flax")
 from flax import serialization  # noqa: E402 - not before it is known to be there
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
-THETA = ("--theta", "5e7", "--seq-len", "4096", "--heads", "4")
-
-
-def model(vision: int = 0, **changes: Any) -> ModelConfig:
-    return preset("debug", Vocabulary(70, vision), **{**SHAPE, **changes})
-
-
-def arrays(config: ModelConfig) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    return {name: random.normal(size=shape).astype(np.float32) for name, shape in canonical_shapes(config).items()}
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """A canonical query or key weight as LWM has it: row 2i + j of a head was row i + j·D/2."""
-    found = np.empty_like(weight)
-    dim = weight.shape[0] // heads
-    for head in range(heads):
-        for i in range(dim // 2):
-            for j in range(2):
-                found[head * dim + 2 * i + j] = weight[head * dim + i + j * dim // 2]
-    return found
-
-
-def as_lwm(config: ModelConfig, values: dict[str, np.ndarray]) -> dict[tuple[str, ...], np.ndarray]:
-    """The model under LWM's keys, layers stacked and kernels ``[in, out]``."""
-    text, h = config.vocabulary.text_size, ("params", "transformer", "h", "scan_decoder")
-
-    def stacked(name: str, heads: int = 0) -> np.ndarray:
-        rows = [values[f"model.layers.{i}.{name}.weight"] for i in range(config.num_layers)]
-        return np.stack([(interleaved(w, heads) if heads else w).T for w in rows])
-
-    found = {
-        ("params", "transformer", "wte", "embedding"): values["model.embed_tokens.weight"][:text],
-        (*h, "attention", "wq", "kernel"): stacked("self_attn.q_proj", config.num_heads),
-        (*h, "attention", "wk", "kernel"): stacked("self_attn.k_proj", config.num_kv_heads),
-        (*h, "attention", "wv", "kernel"): stacked("self_attn.v_proj"),
-        (*h, "attention", "wo", "kernel"): stacked("self_attn.o_proj"),
-        (*h, "feed_forward", "w1", "kernel"): stacked("mlp.gate_proj"),
-        (*h, "feed_forward", "w2", "kernel"): stacked("mlp.down_proj"),
-        (*h, "feed_forward", "w3", "kernel"): stacked("mlp.up_proj"),
-        (*h, "attention_norm", "kernel"): stacked("input_layernorm"),
-        (*h, "ffn_norm", "kernel"): stacked("post_attention_layernorm"),
-        ("params", "transformer", "ln_f", "kernel"): values["model.norm.weight"],
-        ("params", "lm_head", "kernel"): values["lm_head.weight"][:text].T,
-    }
-    if config.vocabulary.vision_size:
-        found["params", "transformer", "vte", "embedding"] = values["model.embed_tokens.weight"][text:]
-        found["params", "vision_head", "kernel"] = values["lm_head.weight"][text:].T
-    return found
-
-
-def write_stream(path: Path, rows: dict[tuple[str, ...], Any]) -> None:
-    """As LWM's streaming checkpointer writes."""
-    packer = msgpack.Packer()
-    with path.open("wb") as file:
-        for key, value in rows.items():
-            file.write(packer.pack((key, serialization.to_bytes(value))))
 
 
 @pytest.mark.parametrize("vision", [0, 8448])
@@ -118,13 +57,15 @@ def test_of_a_training_state_the_parameters_are_taken(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 @given(heads=st.integers(1, 4), pairs=st.integers(1, 8), seed=st.integers(0, 99), position=st.integers(0, 10_000))
 def test_halves_rotate_as_pairs_did(heads: int, pairs: int, seed: int, position: int) -> None:
-    """Rotating interleaved pairs and then reordering is reordering and then rotating halves."""
+    """Rotating interleaved pairs is rotating halves of the same weight, written in the order of its pairs."""
     random = np.random.default_rng(seed)
     dim = 2 * pairs
     weight, x = random.normal(size=(heads * dim, 5)), random.normal(size=5)
     angle = position * 10_000.0 ** (-np.arange(pairs) * 2 / dim)
     turned = ((weight @ x).reshape(heads, pairs, 2) @ [1, 1j]) * np.exp(1j * angle)
-    first, second = np.split((halves(weight, heads) @ x).reshape(heads, dim), 2, axis=1)
+    canonical = np.empty_like(weight)
+    as_pairs(canonical, heads)[...] = weight.reshape(heads, pairs, 2, 5)
+    first, second = np.split((canonical @ x).reshape(heads, dim), 2, axis=1)
     np.testing.assert_allclose(first * np.cos(angle) - second * np.sin(angle), turned.real, atol=1e-12)
     np.testing.assert_allclose(second * np.cos(angle) + first * np.sin(angle), turned.imag, atol=1e-12)
 
@@ -171,20 +112,6 @@ def test_a_stream_that_is_cut_off_or_changed_is_refused(tmp_path: Path) -> None:
                 assert all(isinstance(one, StoredArray) for one in read_stream(path).values())
             except CheckpointError as error:
                 assert "\n" not in str(error)
-
-
-def test_memory_stays_below_two_of_the_largest(tmp_path: Path) -> None:
-    """Importing 16 layers holds a layer's kernel at a time, and never a stack of them."""
-    config = model(num_layers=16, hidden_size=256, intermediate_size=512)
-    values = arrays(config)
-    write_stream(tmp_path / "params", as_lwm(config, values))
-    del values
-    largest = 4 * max(int(np.prod(shape)) for shape in canonical_shapes(config).values())
-    tracemalloc.start()
-    assert main(["import", str(tmp_path / "params"), str(tmp_path / "out"), "--dtype", "float32", *THETA]) == 0
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * largest + 2**20, peak / largest  # what is read, and the same turned
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(

@@ -13,6 +13,7 @@ from jax_cases import ALPHAS, ROPE, SEQ_LEN
 from lwm_core.batch import PackedBatch, TokenSequence, pack_rows
 from lwm_core.model import ModelConfig, preset
 from lwm_core.protocols import OptimizerSpec, Stage, TrainerContext
+from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -36,7 +37,7 @@ def batch() -> PackedBatch:
 
 @pytest.fixture(scope="session")
 def make_trainer(config: ModelConfig) -> Callable[..., Any]:
-    """``make_trainer(mesh, accumulate=1, seq_len=64, rows=4, model=None, attention={}, **options)``, begun."""
+    """``make_trainer(mesh, accumulate=1, seq_len=64, rows=4, model=None, attention={}, rope=ROPE, **options)``."""
     from lwm_jax_ring.attention.backend import factory
     from lwm_jax_ring.attention.options import AttentionOptions
     from lwm_jax_ring.train.options import TrainerOptions
@@ -49,6 +50,7 @@ def make_trainer(config: ModelConfig) -> Callable[..., Any]:
         rows: int = 4,
         model: ModelConfig | None = None,
         attention: dict[str, Any] | None = None,
+        rope: RopeSpec = ROPE,
         **options: Any,
     ) -> JaxTrainer:
         attention_options = AttentionOptions(query_chunk=8, key_chunk=16, **(attention or {}))
@@ -56,7 +58,7 @@ def make_trainer(config: ModelConfig) -> Callable[..., Any]:
         trainer = JaxTrainer(TrainerOptions(**{"loss_chunk": 16, **options}), context)
         tokens = rows * seq_len
         trainer.begin_stage(
-            Stage("s", seq_len, ROPE, 10 * tokens, tokens, 1e-3, 1e-4, mesh=mesh, accumulate=accumulate)
+            Stage("s", seq_len, rope, 10 * tokens, tokens, 1e-3, 1e-4, mesh=mesh, accumulate=accumulate)
         )
         return trainer
 

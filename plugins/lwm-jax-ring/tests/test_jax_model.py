@@ -15,6 +15,7 @@ from lwm_core.batch import PackedBatch, TokenSequence, pack_rows
 from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.reference import llama_logits, modality_loss
 from lwm_core.rope import RopeSpec
+from lwm_core.rope_scalings import llama3, yarn
 from lwm_core.testing import relative_l2
 from lwm_core.vocab import Vocabulary
 from lwm_jax_ring.model.llama import Chunks
@@ -124,6 +125,27 @@ def test_other_shapes_equal_the_oracle(
     parameters = dict(trainer.iter_parameters())
     expected, _ = modality_loss(llama_logits(parameters, model, ROPE, batch), model, batch, ALPHAS)
     assert trainer.evaluate(permuted(trainer, batch))["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rope", [
+    RopeSpec(5e7), llama3(5e5, 16, factor=8.0, original=32), yarn(1e4, 16, factor=4.0, original=16),
+], ids=["LWM at 1M", "llama3", "yarn"])  # fmt: skip
+def test_other_ropes_equal_the_oracle(
+    rope: RopeSpec, make_trainer: Callable[..., Any], batch: PackedBatch, config: ModelConfig
+) -> None:
+    """The loss, and the log-likelihood of every token of a text."""
+    trainer = make_trainer("1,1,2,4", rope=rope)
+    random = np.random.default_rng(5)
+    given = {name: x + 0.1 * random.standard_normal(x.shape) for name, x in trainer.iter_parameters()}
+    trainer.load_parameters(given)
+    parameters = dict(trainer.iter_parameters())
+    expected, _ = modality_loss(llama_logits(parameters, config, rope, batch), config, batch, ALPHAS)
+    assert trainer.evaluate(permuted(trainer, batch))["loss"] == pytest.approx(expected, rel=1e-5)
+    ids = random.integers(0, 100, 50)
+    one = pack_rows([[TokenSequence(ids, np.ones(50))]], 50)
+    logits = llama_logits(parameters, config, rope, one)[0, :-1, config.vocabulary.slices["text"]]
+    scores = logits[np.arange(49), ids[1:]] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(trainer.scorer().log_likelihood(ids.tolist()), scores, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_come_back_as_they_were_given(make_trainer: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ from lwm_core.model import canonical_shapes
 from lwm_core.protocols import OptimizerSpec, SamplingSpec
 from lwm_core.reference import llama_logits, modality_loss
 from lwm_core.rope import RopeSpec
+from lwm_core.rope_scalings import llama3, yarn
 from lwm_core.testing import relative_l2
 from lwm_torch_ring.generate.sample import sample
 from lwm_torch_ring.model.rope import rope_angles, rope_tables
@@ -41,16 +42,26 @@ def with_noise(trainer: Any) -> None:
     trainer.load_parameters({name: x + 0.1 * random.standard_normal(x.shape) for name, x in given.items()})
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_scores_are_the_references(shape: str) -> None:
+ROPES = {
+    "plain": ROPE, "LWM at 1M": RopeSpec(5e7), "llama3": llama3(5e5, 16, factor=8.0, original=32),
+    "yarn": yarn(1e4, 16, factor=4.0, original=16),
+}  # fmt: skip
+"""Of head dim 16."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "rope"),
+    [*((shape, "plain") for shape in SHAPES), *(("grouped heads", rope) for rope in ROPES if rope != "plain")],
+)
+def test_losses_and_scores_are_the_references(shape: str, rope: str) -> None:
     """The whole model in float64 NumPy, and the derivative of its loss in one direction."""
-    config, rows = model(**SHAPES[shape]), batch()
-    trainer = make_trainer(config=config)
+    config, rows, spec = model(**SHAPES[shape]), batch(), ROPES[rope]
+    trainer = make_trainer(config=config, rope=spec)
     with_noise(trainer)
     given = parameters(trainer)
 
     def loss(of: dict[str, np.ndarray]) -> float:
-        return modality_loss(llama_logits(of, config, ROPE, rows), config, rows, ALPHAS)[0]
+        return modality_loss(llama_logits(of, config, spec, rows), config, rows, ALPHAS)[0]
 
     assert trainer.evaluate(rows_of(trainer))["loss"] == pytest.approx(loss(given), rel=1e-5)
 
@@ -66,7 +77,7 @@ def test_losses_and_scores_are_the_references(shape: str) -> None:
         tokens=np.array([ids], np.int32), targets=np.zeros((1, 7), np.int32), segment_ids=np.ones((1, 7), np.int32),
         positions=np.arange(7, dtype=np.int32)[None], loss_weights=np.ones((1, 7), np.float32),
     )  # fmt: skip
-    logits = llama_logits(given, config, ROPE, one)[0]
+    logits = llama_logits(given, config, spec, one)[0]
     expected = []
     for at, target in enumerate(ids[1:]):
         part = next(logits[at, s] for s in config.vocabulary.slices.values() if s.start <= target < s.stop)

@@ -25,10 +25,10 @@ ROPE = RopeSpec(10_000.0)
 ALPHAS = {"text": 0.5, "vision": 0.25}
 
 
-def model(**changes: Any) -> ModelConfig:
+def model(text: int = 100, **changes: Any) -> ModelConfig:
     """Two layers, grouped heads, both modalities."""
     values = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, **changes}
-    return preset("tiny", Vocabulary(100, 20, 16), **values)
+    return preset("tiny", Vocabulary(text, 20, 16), **values)
 
 
 def batch(seq_len: int = 72) -> PackedBatch:
@@ -42,7 +42,8 @@ def batch(seq_len: int = 72) -> PackedBatch:
 
 def make_trainer(
     mesh: str = "1,1,1,-1", *, accumulate: int = 1, seq_len: int = 72, rows: int = 4, lr: float = 1e-3,
-    config: ModelConfig | None = None, attention: dict[str, Any] | None = None, clip_norm: float = 1.0, **options: Any,
+    config: ModelConfig | None = None, attention: dict[str, Any] | None = None, clip_norm: float = 1.0,
+    rope: RopeSpec = ROPE, **options: Any,
 ) -> TorchTrainer:  # fmt: skip
     """A trainer whose stage has begun."""
     context = TrainerContext(
@@ -50,14 +51,16 @@ def make_trainer(
         OptimizerSpec(clip_norm=clip_norm), ALPHAS, seed=7,
     )  # fmt: skip
     trainer = TorchTrainer(TrainerOptions(**{"loss_chunk": 16, "device": "cpu", **options}), context)
-    trainer.begin_stage(stage(mesh, accumulate=accumulate, seq_len=seq_len, rows=rows, lr=lr))
+    trainer.begin_stage(stage(mesh, accumulate=accumulate, seq_len=seq_len, rows=rows, lr=lr, rope=rope))
     return trainer
 
 
-def stage(mesh: str, *, accumulate: int = 1, seq_len: int = 72, rows: int = 4, lr: float = 1e-3) -> Stage:
+def stage(
+    mesh: str, *, accumulate: int = 1, seq_len: int = 72, rows: int = 4, lr: float = 1e-3, rope: RopeSpec = ROPE
+) -> Stage:  # fmt: skip
     """Ten steps at a constant rate."""
     tokens = rows * seq_len
-    return Stage("s", seq_len, ROPE, 10 * tokens, tokens, lr, lr, mesh=mesh, accumulate=accumulate)
+    return Stage("s", seq_len, rope, 10 * tokens, tokens, lr, lr, mesh=mesh, accumulate=accumulate)
 
 
 def rows_of(trainer: TorchTrainer, of: PackedBatch | None = None) -> PackedBatch:

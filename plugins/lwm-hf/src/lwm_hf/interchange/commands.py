@@ -71,7 +71,7 @@ def run_import(args: argparse.Namespace) -> int:
     """Write the model folder and tell what it holds."""
     from lwm_core.errors import UsageError
     from lwm_core.weights import write_model_folder
-    from lwm_hf.interchange.sources import TABLES, Unsaid, open_source, with_vision
+    from lwm_hf.interchange.sources import TABLES, Unsaid, open_source, special_ids, with_vision
 
     _check_new(args.folder)
     tokenizer = args.tokenizer or (args.source if args.source.is_dir() else None)
@@ -80,13 +80,16 @@ def run_import(args: argparse.Namespace) -> int:
     source = open_source(args.source, Unsaid(args.theta, args.seq_len, args.heads))
     old = source.model.vocabulary.size
     if args.vision_size is not None:
-        source = with_vision(source, args.vision_size)
+        source = with_vision(source, args.vision_size, args.dtype)
     model = source.model
     with _whole_or_nothing(args.folder):
-        write_model_folder(args.folder, model, source.rope, source.seq_len, source.parameters(), args.dtype)
-    copied = [name for name in TOKENIZER_FILES if tokenizer is not None and (tokenizer / name).is_file()]
-    for name in copied:
-        shutil.copyfile(tokenizer / name, args.folder / name)
+        write_model_folder(
+            args.folder, model, source.rope, source.seq_len, source.parameters(), args.dtype,
+            special_ids=special_ids(args.source, tokenizer),
+        )  # fmt: skip
+        copied = [name for name in TOKENIZER_FILES if tokenizer is not None and (tokenizer / name).is_file()]
+        for name in copied:
+            shutil.copyfile(tokenizer / name, args.folder / name)
     size, theta = f"{model.parameter_count:,}", f"{source.rope.theta:g}"
     print(f"{args.folder}: {size} parameters from {source.what}, {args.dtype}, theta {theta}")
     if model.vocabulary.size > old:
@@ -111,8 +114,12 @@ def run_export(args: argparse.Namespace) -> int:
     def write(model: Model) -> None:
         _check_new(args.folder)
         with _whole_or_nothing(args.folder):
-            write_model_folder(args.folder, config, stage.rope, stage.seq_len, model.iter_parameters(), args.dtype)
-            opened.pipeline.tokenizer.save(args.folder)
+            tokenizer = opened.pipeline.tokenizer
+            write_model_folder(
+                args.folder, config, stage.rope, stage.seq_len, model.iter_parameters(), args.dtype,
+                special_ids=tokenizer.special_ids,
+            )  # fmt: skip
+            tokenizer.save(args.folder)
         print(f"{args.folder}: {config.parameter_count:,} parameters of {opened.source}, {args.dtype}")
 
     lead(opened.trainer, write)

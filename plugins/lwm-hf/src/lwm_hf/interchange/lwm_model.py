@@ -8,7 +8,7 @@ Shapes: L layers, E hidden size, F feed-forward size, H query heads, K key-value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,13 @@ TABLES = {
 }
 
 
-def halves(weight: NDArray[Any], heads: int) -> NDArray[Any]:
-    """``[H·D, E]`` whose rows rotate in interleaved pairs → the same for halves: row i + j·D/2 of a head was 2i + j."""
+def as_pairs(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+    """A canonical ``[H·D, E]``, whose halves rotate, seen as ``[H, D/2, 2, E]`` in the order of interleaved pairs.
+
+    Row i + j·D/2 of a head is its pair i's member j.
+    """
     rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2)
 
 
 def model_config(path: Path, arrays: Arrays, heads: int, rms_norm_eps: float) -> ModelConfig:
@@ -70,15 +73,14 @@ def model_config(path: Path, arrays: Arrays, heads: int, rms_norm_eps: float) ->
 
 
 def parameters(path: Path, arrays: Arrays, model: ModelConfig) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(canonical name, array), one at a time; never more than one layer's kernel, or one table, is in memory.
+    """(canonical name, array), one at a time; of the file no more than that and a few MiB is in memory.
 
     Raises:
         CheckpointError: an array is missing.
     """
     for name, parts in TABLES.items():
         found = [_array(path, arrays, part) for part in parts[: 1 + (model.vocabulary.vision_size > 0)]]
-        tables = [one.whole().T if name == "lm_head.weight" else one.whole() for one in found]
-        yield name, tables[0] if len(tables) == 1 else np.concatenate(tables)
+        yield name, _table(path, found, turned=name == "lm_head.weight")
     yield "model.norm.weight", _array(path, arrays, ("transformer", "ln_f", "kernel")).whole()
     heads = {"self_attn.q_proj": model.num_heads, "self_attn.k_proj": model.num_kv_heads}
     for layer in range(model.num_layers):
@@ -86,8 +88,30 @@ def parameters(path: Path, arrays: Arrays, model: ModelConfig) -> Iterator[tuple
             norm = _array(path, arrays, (*BLOCK, theirs, "kernel")).rows(layer, layer + 1)[0]
             yield f"model.layers.{layer}.{name}.weight", norm
         for name in KERNELS:
-            kernel = _kernel(path, arrays, name).rows(layer, layer + 1)[0].T
-            yield f"model.layers.{layer}.{name}.weight", halves(kernel, heads[name]) if name in heads else kernel
+            kernel = _kernel(path, arrays, name).layer(layer)
+            yield f"model.layers.{layer}.{name}.weight", _weight(kernel, heads.get(name))
+
+
+def _table(path: Path, found: Sequence[StoredArray], *, turned: bool) -> NDArray[Any]:
+    """``[V, E]`` of the text's ids and then, if it has some, of the vision's; ``turned``: stored as ``[E, V]``."""
+    shapes = [one.shape[::-1] if turned else one.shape for one in found]
+    sizes, hidden = [shape[0] for shape in shapes], shapes[0][-1]
+    if any(shape[1:] != (hidden,) for shape in shapes):
+        raise CheckpointError(f"{path}: the tables of text and vision are of shapes {shapes}; expected as many columns")
+    table = np.empty((sum(sizes), hidden), np.result_type(*(one.dtype for one in found)))
+    first = 0
+    for one, size in zip(found, sizes, strict=True):
+        part = table[first : first + size]
+        one.read_into(part.T if turned else part)
+        first += size
+    return table
+
+
+def _weight(kernel: StoredArray, heads: int | None) -> NDArray[Any]:
+    """``[out, in]`` of a kernel ``[in, out]``, which rotates interleaved pairs where heads are given."""
+    weight = np.empty(kernel.shape[::-1], kernel.dtype)
+    kernel.read_into(weight.T if heads is None else np.moveaxis(as_pairs(weight, heads), -1, 0))
+    return weight
 
 
 def _kernel(path: Path, arrays: Arrays, name: str) -> StoredArray:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,12 +19,21 @@ from lwm_core.errors import CheckpointError, UnsupportedError, UsageError
 from lwm_core.model import ModelConfig, canonical_shapes
 from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
-from lwm_core.weights import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_model_config, read_model_folder
+from lwm_core.weights import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    read_model_config,
+    read_model_folder,
+)
 from lwm_hf.interchange import lwm_model
 from lwm_hf.interchange.stream_file import read_stream
 
 Parameters = Iterator[tuple[str, NDArray[Any]]]
+TOKENIZER_FILE = "tokenizer.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DRAWN = 128  # rows drawn at a time
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -78,6 +88,26 @@ def open_source(path: Path, unsaid: Unsaid) -> Source:
     )
 
 
+def special_ids(path: Path, tokenizer: Path | None) -> dict[str, Any]:
+    """``bos``, ``eos`` and ``pad`` as the model at ``path`` has them, else the tokenizer in ``tokenizer``.
+
+    Raises:
+        DataError: the tokenizer's file is none, or nothing ends a document there.
+    """
+    if (path / CONFIG_FILE).is_file():
+        files = [path / name for name in (CONFIG_FILE, GENERATION_FILE) if (path / name).is_file()]
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in files]  # what generates has the last word
+        ids = {role: [one[f"{role}_token_id"] for one in told if one.get(f"{role}_token_id") is not None]
+               for role in ("bos", "eos", "pad")}  # fmt: skip
+        if any(ids.values()):
+            return {role: found[-1] for role, found in ids.items() if found}
+    if tokenizer is not None and (tokenizer / TOKENIZER_FILE).is_file():
+        from lwm_hf.tokenizer import load_tokenizer
+
+        return dict(load_tokenizer(tokenizer).special_ids)
+    return {}
+
+
 def _stream(path: Path, unsaid: Unsaid) -> Source:
     arrays = read_stream(path)
     if unsaid.theta is None or unsaid.seq_len is None:
@@ -108,11 +138,26 @@ def _torch_bins(folder: Path, model: ModelConfig) -> Parameters:
             raise CheckpointError(f"{folder / name}: cannot be read as tensors alone: {reason}") from None
         for key, tensor in tensors.items():
             if key in wanted:  # older releases hold the rotary frequencies too
-                yield key, tensor.float().numpy()
+                yield key, _array_of(tensor.detach())
 
 
-def with_vision(source: Source, vision_size: int, seed: int = 0) -> Source:
+def _array_of(tensor: Any) -> NDArray[Any]:
+    """The tensor's own memory as an array."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def with_vision(source: Source, vision_size: int, dtype: str, seed: int = 0) -> Source:
     """The same model with ``vision_size`` rows for vision ids after the text's, drawn from N(0, init_std²).
+
+    Args:
+        source: a text model.
+        vision_size: rows.
+        dtype: of the grown tables.
+        seed: of the draw.
 
     Raises:
         UsageError: it has such rows already.
@@ -127,9 +172,19 @@ def with_vision(source: Source, vision_size: int, seed: int = 0) -> Source:
         random = np.random.default_rng(seed)
         for name, array in source.parameters():
             if name in TABLES:
-                new = random.normal(0.0, model.init_std, (vision_size, model.hidden_size)).astype(np.float32)
-                yield name, np.concatenate([np.asarray(array, np.float32), new])
-            else:
-                yield name, array
+                array = _with_rows(array, vision_size, dtype, model.init_std, random)
+            yield name, array
+            del array  # before the next is made
 
     return replace(source, model=model, parameters=grown)
+
+
+def _with_rows(table: NDArray[Any], new: int, dtype: str, std: float, random: np.random.Generator) -> NDArray[Any]:
+    """``[V + new, E]``: the table, and rows from N(0, std²)."""
+    old, hidden = table.shape
+    grown = np.empty((old + new, hidden), dtype)
+    grown[:old] = table
+    for start in range(old, old + new, DRAWN):
+        part = grown[start : start + DRAWN]
+        part[...] = random.normal(0.0, std, part.shape)
+    return grown

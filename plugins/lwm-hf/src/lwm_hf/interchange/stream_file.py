@@ -8,6 +8,7 @@ map ``{"__msgpack_chunked_array__": true, "shape", "chunks"}`` of flat ones. Not
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +24,8 @@ ARRAY = 1
 """flax's extension type of an array."""
 
 CHUNKED = "__msgpack_chunked_array__"
+BLOCK = 4 * 2**20
+"""Bytes read at a time."""
 
 
 class Span(NamedTuple):
@@ -50,22 +53,47 @@ class StoredArray:
 
     def rows(self, start: int, stop: int) -> NDArray[Any]:
         """``array[start:stop]``, and nothing else of it, read."""
-        width = prod(self.shape[1:]) * self.dtype.itemsize
-        first, last, at = start * width, stop * width, 0
-        found = np.empty(last - first, np.uint8)
+        width, at = prod(self.shape[1:]) * self.dtype.itemsize, 0
+        found = np.empty((stop - start) * width, np.uint8)
         with self.path.open("rb") as file:
-            for piece in self.pieces:
+            for piece in self._cut(start * width, stop * width):
                 size = piece.stop - piece.start
-                low, high = max(first, at), min(last, at + size)
-                if low < high:
-                    file.seek(piece.start + low - at)
-                    file.readinto(found[low - first : high - first])
+                file.seek(piece.start)
+                file.readinto(found[at : at + size])
                 at += size
         return found.view(self.dtype).reshape(stop - start, *self.shape[1:])
 
     def whole(self) -> NDArray[Any]:
         """All of it."""
         return self.rows(0, self.shape[0])
+
+    def layer(self, index: int) -> StoredArray:
+        """``array[index]``, not read yet."""
+        size = prod(self.shape[1:]) * self.dtype.itemsize
+        return StoredArray(self.path, self.dtype, self.shape[1:], tuple(self._cut(index * size, (index + 1) * size)))
+
+    def read_into(self, found: NDArray[Any]) -> None:
+        """Fill an array of this shape, or with axes after the first split, reading a few MiB at a time."""
+        step = max(1, BLOCK // max(1, prod(self.shape[1:]) * self.dtype.itemsize))
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            found[start:stop] = self.rows(start, stop).reshape(stop - start, *found.shape[1:])
+
+    def _cut(self, first: int, last: int) -> Iterator[Span]:
+        """Where the bytes from ``first`` to ``last`` of the array lie.
+
+        Raises:
+            CheckpointError: it has no so many.
+        """
+        size = prod(self.shape) * self.dtype.itemsize
+        if last > size:
+            raise CheckpointError(f"{self.path}: an array {self.shape} is asked for byte {last} of {size}")
+        at = 0
+        for piece in self.pieces:
+            low, high = max(first, at), min(last, at + piece.stop - piece.start)
+            if low < high:
+                yield Span(piece.start + low - at, piece.start + high - at)
+            at += piece.stop - piece.start
 
 
 class _Reader:
