@@ -1,5 +1,5 @@
-"""``quickstart``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``; ``constraints.txt`` pins what they
-install."""
+"""``quickstart``, ``quickstart_torch``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``; ``constraints.txt``
+pins what they install."""
 
 from __future__ import annotations
 
@@ -62,6 +62,19 @@ def quickstart(session: nox.Session) -> None:
         session.run("lwm", "resume", str(out), *session.posargs)
     else:
         session.run("lwm", "run", "quickstart", "--out", str(out), *session.posargs)
+
+
+@nox.session
+def quickstart_torch(session: nox.Session) -> None:
+    """The same by the Torch trainer, on two ranks of this machine's CPU or GPUs."""
+    plugins = ("plugins/lwm-torch-ring", *QUICKSTART[1:])
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, *(ROOT / folder for folder in plugins)))
+    out = Path("runs") / "quickstart-torch"
+    words = ["run", "quickstart", "--out", str(out), "-s", "trainer.name=torch", "-s", "attention.name=torch-ring"]
+    if (out / "run.json").exists():
+        words = ["resume", str(out)]
+    launcher = ("torchrun", "--nproc-per-node", "2", "--no-python", "lwm")
+    session.run(*launcher, *words, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -42,7 +42,7 @@ def _is_recipe(text: str) -> bool:
 # The plugins' own pages list alternatives of one key in one block, which is no TOML; they show no whole recipe.
 TOML = list(_blocks("toml", GUIDES))
 RECIPES = [(page, text) for page, text in TOML if _is_recipe(text)]
-LAUNCHER = re.compile(r"^torchrun .*--no-python ")
+LAUNCHER = re.compile(r"^(\w+=\w+ )*torchrun .*--no-python ")
 LINES = [LAUNCHER.sub("", line) for _, text in _blocks("sh", PAGES) for line in text.splitlines()]
 SHELL = sorted({line.split("  #")[0].strip() for line in LINES if line.startswith("lwm ")})
 INLINE = sorted({word for page in PAGES for word in re.findall(r"(?<!`)`(lwm [^`\n]+)`(?!`)", page.read_text())})

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch_threads import Sent, Street, neighbours, together
+from torch_threads import Largest, Sent, Street, neighbours, together
 
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.protocols import AttentionAxes
 from lwm_core.reference import attention_backward, attention_forward
 from lwm_core.testing import relative_l2
+from lwm_torch_ring.attention import allgather, ring
 from lwm_torch_ring.attention.accumulate import Saved, State, merge
 from lwm_torch_ring.attention.backend import TorchRing, factory
 from lwm_torch_ring.attention.blocks import Plan
@@ -137,6 +137,54 @@ def test_what_the_other_strategies_send() -> None:
     }  # fmt: skip
 
 
+MOVEMENTS = {"ring": {}, "by heads": {"strategy": "allgather", "gather_heads": 1}}
+
+
+@pytest.mark.parametrize("way", MOVEMENTS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_transfer_is_posted_before_the_compute_that_hides_it(
+    world: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Post, compute with what is here, wait: at every hop, on every rank, in both passes.
+
+    What is posted is NaN until it is waited for, so that to compute with it too early would show in the results.
+    """
+    street, options = Street(world), AttentionOptions(**MOVEMENTS[way])
+    place: dict[int, int] = {}
+
+    for module in (ring, allgather):
+        for name in ("absorb", "add_gradients"):
+            plain = getattr(module, name)
+
+            def noted(*given: Any, plain: Any = plain) -> Any:
+                events = street.events[place[threading.get_ident()]]
+                if events[-1:] != ["compute"]:  # of one hop, over several sources
+                    events.append("compute")
+                return plain(*given)
+
+            monkeypatch.setattr(module, name, noted)
+
+    def run(rank: int) -> tuple[list[str], list[str]]:
+        place[threading.get_ident()] = rank
+        spec = _spec(street, rank, options, 192, CAUSAL)
+        q, k, v = (normal(n, 1, 192 // world, 4, 16) for n in range(3))
+        events, plan = street.events[rank], spec.plan(None)
+        state = spec.movement.absorb(q, k, v, spec, plan)
+        forward = list(events)
+        events.clear()
+        saved = Saved(q, state.out, torch.ones_like(state.out), state.lse)
+        gradients = spec.movement.gradients(saved, k, v, spec, plan)
+        assert all(x.isfinite().all() for x in (state.out, state.lse, *gradients))
+        return forward, events
+
+    hop = ["post", "compute", "wait"]
+    if way == "ring":  # the last hop forward sends nothing; then dK and dV follow, and go home
+        expected = hop * (world - 1) + ["compute"], hop * world + ["post", "wait"]
+    else:  # four heads one after the other: the next are on their way before these are computed with
+        expected = (["post", *["wait", "post", "compute"] * 3, "wait", "compute"],) * 2
+    assert together(world, run) == [expected] * world
+
+
 @pytest.fixture(scope="module")
 def world_of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What four real processes say; see ``torch_world.py``."""
@@ -177,20 +225,6 @@ def test_calls_of_torch_distributed(world_of_four: list[dict[str, Any]]) -> None
 
 
 # -- how much is held --------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operator of torch gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 @pytest.mark.parametrize("kernel", ["cpu-flash", "math"])
@@ -285,34 +319,9 @@ def test_layers_share_the_plan_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> No
     assert relative_l2(changed.detach(), attention_forward(*(x.detach() for x in (q, k, v)), CAUSAL, ids)[0]) < 1e-6
 
 
-@pytest.mark.slow
-def test_a_compiled_program_has_no_break() -> None:
-    """Forward and backward equal the plain ones to the bit; another backend is another program."""
-    ids = torch.ones(2, 32, dtype=torch.int32)
-    ids[:, 20:] = 2
-
-    class Layer(torch.nn.Module):
-        def forward(self, q: Any, k: Any, v: Any) -> Any:
-            return self.backend.attend(2 * q, k, v, CAUSAL, ids).sin()
-
-    layer = Layer()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for layout, chunk in (("zigzag", 8), ("zigzag", 16)):
-        layer.backend = alone(32, layout=layout, chunk=chunk)
-        results = []
-        for function in (compiled, layer):
-            given = [normal(n, 2, 32, heads, 8).requires_grad_() for n, heads in enumerate((4, 2, 2))]
-            out = function(*given)
-            out.sum().backward()
-            results.append([out.detach(), *(x.grad for x in given)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 def test_checkpointing_can_keep_what_attention_gave(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the operator's name, so that a ring does not run twice; a plain checkpoint runs it again."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    from lwm_torch_ring.attention import ring
 
     runs = []
     monkeypatch.setattr(ring, "start", lambda q, plain=ring.start: (runs.append(1), plain(q))[1])

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lwm_torch_ring.attention.peers import Neighbourhood, Parcel, Peers, Pending
 
@@ -18,11 +20,26 @@ Sent = Counter[tuple[str, str]]
 
 
 class _Arrival:
+    """What has been posted is only there once it has been waited for, as between processes."""
+
     def __init__(self, queue: Queue[Tensor], into: Tensor) -> None:
         self._queue, self._into = queue, into
+        into.fill_(torch.nan)
 
     def wait(self) -> None:
         self._into.copy_(self._queue.get(timeout=60))
+
+
+class _Told(Pending):
+    """Says when it is waited for."""
+
+    def __init__(self, works: Sequence[tuple[Any, str]], happened: Callable[[str], None]) -> None:
+        super().__init__(works)
+        self._happened = happened
+
+    def wait(self) -> None:
+        super().wait()
+        self._happened("wait")
 
 
 class Street:
@@ -33,6 +50,7 @@ class Street:
         self.queues: dict[Any, Queue[Tensor]] = {}
         self.lock = threading.Lock()
         self.sent: Sent = Counter()  # of rank 0
+        self.events: dict[int, list[str]] = {rank: [] for rank in range(world)}  # what each has done, in order
 
     def queue(self, *key: Any) -> Queue[Tensor]:
         """The queue of this name."""
@@ -63,7 +81,11 @@ class ThreadPeers(Peers):
             self._note("post", content)
             self._put((self.rank + ahead) % self.size, content)
             works.append((_Arrival(self._from((self.rank - ahead) % self.size), into), "a thread"))
-        return Pending(works)
+        self._happened("post")
+        return _Told(works, self._happened)
+
+    def _happened(self, event: str) -> None:
+        self.street.events[self.ranks[self.rank]].append(event)
 
     def _all(self, parts: Sequence[Tensor]) -> Tensor:
         for place, part in enumerate(parts):
@@ -72,7 +94,9 @@ class ThreadPeers(Peers):
 
     def gather(self, x: Tensor) -> tuple[Tensor, Pending]:
         self._note("gather", x)
-        return self._all([x] * self.size), Pending(())
+        if x.is_floating_point():
+            self._happened("post")
+        return self._all([x] * self.size), _Told((), self._happened if x.is_floating_point() else lambda _: None)
 
     def scatter_sum(self, x: Tensor) -> Tensor:
         self._note("scatter_sum", x)
@@ -92,6 +116,20 @@ def neighbours(street: Street, rank: int, inner: int) -> Neighbourhood:
         ThreadPeers(street, ranks[rank % inner :: inner], rank // inner),
         ThreadPeers(street, ranks[first : first + inner], rank % inner),
     )
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operator of torch gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
 
 
 def together(world: int, run: Callable[[int], Any]) -> list[Any]:

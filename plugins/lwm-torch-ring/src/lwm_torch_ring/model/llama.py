@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lwm_core.model import ModelConfig
+from lwm_torch_ring.model.compiled import compiled
 from lwm_torch_ring.model.remat import Remat, rematerialised
 from lwm_torch_ring.model.rope import RopeTables, rope_angles, rotate
 from lwm_torch_ring.model.tensor_parallel import TensorParallel, bias_share, entire, share
@@ -41,12 +43,14 @@ class Compute:
         token_chunk: tokens of projections and feed-forward at a time, each slice rematerialised (blockwise parallel
             transformer, arXiv 2305.19370); all at once if none.
         tp: the ranks that share heads and feed-forward.
+        compile: whether a layer is one compiled program.
     """
 
     dtype: torch.dtype = torch.float32
     remat: Remat = "none"
     token_chunk: int | None = None
     tp: TensorParallel = field(default_factory=TensorParallel)
+    compile: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -164,7 +168,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, how: Compute) -> Tensor:
         """The stream ``x [B,C,E]`` with what attention and feed-forward make of it added."""
+        run = self._compiled if how.compile else self._run
+        return run(x, cos, sin, attend, how)
 
+    @cached_property
+    def _compiled(self) -> Callable[..., Tensor]:
+        return compiled(self._run)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, how: Compute) -> Tensor:
         def layer(x: Tensor) -> Tensor:
             out = attend(*self.before(x, cos, sin, how), self.number)
             return self.after(x, out, how)

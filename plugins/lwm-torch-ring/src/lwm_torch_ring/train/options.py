@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainerOptions(BaseModel):
@@ -22,6 +22,9 @@ class TrainerOptions(BaseModel):
         "attention",
         description="what a layer keeps for its backward pass; 'attention' never runs the ring twice, "
         "nor does 'offload', which keeps all in the host's memory",
+    )
+    compile: bool = Field(
+        False, description="compile each layer of a step by torch.compile, as a whole; not with remat = 'offload'"
     )
     loss_chunk: int = Field(1024, gt=0, description="tokens of a rank whose logits exist at a time")
     token_chunk: int | None = Field(
@@ -42,3 +45,12 @@ class TrainerOptions(BaseModel):
     peak_flops: float | None = Field(
         None, gt=0, description="peak FLOP/s of one device, the denominator of MFU; known GPUs and CPUs need none"
     )
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> TrainerOptions:
+        if self.compile and self.remat == "offload":
+            raise ValueError(
+                "compile does not go with remat = 'offload': what a compiled layer keeps stays on the device; choose "
+                "another remat, or leave compile out"
+            )
+        return self

@@ -6,7 +6,7 @@ Shapes: A micro-batches, B rows of a data rank in one, C tokens of a sequence sh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ class Losses:
         vocabulary: whose modalities are told apart.
         alphas: weight of each modality's mean; 1 where none is given.
         chunk: tokens whose logits exist at a time.
+        compile: whether the layers of a step with gradients are compiled.
     """
 
     model: Llama
@@ -47,6 +48,7 @@ class Losses:
     vocabulary: Vocabulary
     alphas: Mapping[str, float]
     chunk: int
+    compile: bool = False
 
     def run(self, batch: Sequence[Arrays], backward: bool) -> dict[str, float]:
         """The loss of micro-batches ``[A][B,C]`` and each modality's mean; with ``backward`` their gradients too.
@@ -71,7 +73,7 @@ class Losses:
         shares = torch.where(counted > 0, shares / counted.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         total = torch.zeros(len(present), dtype=torch.float64, device=weights.device)
         for one in batch:
-            sums = self._sums(one, slices)
+            sums = self._sums(one, slices, self.compile and backward)
             if backward:
                 (sums * shares.float()).sum().backward()
             total += sums.detach()
@@ -81,9 +83,10 @@ class Losses:
         found |= {f"loss_{names[number]}": float(mean) for number, mean in zip(present, means, strict=True)}
         return {"loss": float((total * shares).sum()), **found}
 
-    def _sums(self, one: Arrays, slices: Sequence[slice]) -> Tensor:
+    def _sums(self, one: Arrays, slices: Sequence[slice], compiled: bool) -> Tensor:
         """``[len(slices)]`` float32: Σ w·ce of this rank's tokens of a micro-batch."""
-        how, backend, segments = self.program.compute, self.program.backend, one["segment_ids"]
+        how = replace(self.program.compute, compile=compiled)
+        backend, segments = self.program.backend, one["segment_ids"]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
             out: Tensor = backend.attend(q, k, v, CAUSAL, segments)

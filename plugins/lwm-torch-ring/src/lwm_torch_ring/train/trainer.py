@@ -21,6 +21,7 @@ from lwm_core.mesh import resolve_mesh
 from lwm_core.model import canonical_shapes
 from lwm_core.protocols import ALONE, Metrics, Processes, Stage, TrainerContext
 from lwm_torch_ring.devices import peak_flops
+from lwm_torch_ring.model.compiled import forget
 from lwm_torch_ring.model.llama import Llama
 from lwm_torch_ring.model.sharding import Gathering, Meshes, build, fill, materialise, named, whole
 from lwm_torch_ring.train.checkpoint import Checkpointer, DcpSave
@@ -90,6 +91,8 @@ class TorchTrainer:
             if self.model is None or (self._program is not None and self._program.meshes is not begun.meshes):
                 self._lay_out(begun)
             self._program = begun
+            if self.options.compile:
+                forget()
             if self._optimizer is None:
                 self._optimizer = AdamW(self.context.optimizer, dict(named(self.network)))
             else:
@@ -130,7 +133,10 @@ class TorchTrainer:
     @property
     def _losses(self) -> Losses:
         model = self.context.model
-        return Losses(self.network, self.current, model.vocabulary, self.context.loss_weights, self.options.loss_chunk)
+        return Losses(
+            self.network, self.current, model.vocabulary, self.context.loss_weights, self.options.loss_chunk,
+            self.options.compile,
+        )  # fmt: skip
 
     def step(self, batch: PackedBatch, step: int) -> Metrics:
         """One optimizer step on this data rank's rows; see ``lwm_core.protocols.Trainer.step``."""
