@@ -1,5 +1,7 @@
-"""``quickstart``, ``quickstart_torch``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``; ``constraints.txt``
-pins what they install."""
+"""``quickstart``, ``quickstart_torch``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``.
+
+``constraints.txt`` pins what they install.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,8 +86,7 @@ def about(setting: Setting) -> dict[str, Any]:
         versions |= {"cuda": torch.version.cuda or "", "cudnn": str(torch.backends.cudnn.version())}
     return {
         "date": date.today().isoformat(), "smoke": setting.small, "device": device, "hardware": hardware(),
-        "load_before": load(), "versions": versions, "dtype": str(setting.dtype).removeprefix("torch."),
-        "rounds": setting.rounds,
+        "load_before": load(), "versions": versions, "dtype": setting.dtype_name, "rounds": setting.rounds,
     }  # fmt: skip
 
 
@@ -129,6 +129,15 @@ def keep(target: Path, result: dict[str, Any], on_page: bool) -> None:
         write_figures(target.with_suffix(".md"), page(whole))
 
 
+def measured(part: Part, setting: Setting) -> tuple[Setting, dict[str, Any]]:
+    """What a part finds in bfloat16, and in which setting; the small case goes through float32 first."""
+    if setting.small:
+        exact = replace(setting, dtype=torch.float32)
+        part.kept(exact, part.measure(exact))
+    short = replace(setting, dtype=torch.bfloat16)
+    return short, {**about(short), **part.measure(short)}
+
+
 def main(arguments: list[str]) -> int:
     """Measure, show, and write where it was asked for, part by part; the exit code."""
     given, console = arguments_of(arguments), Console()
@@ -138,15 +147,18 @@ def main(arguments: list[str]) -> int:
         setting = setting_of(given, console)
         for name in given.only or PARTS:
             console.print(f"[dim]{name}: {PARTS[name].what}[/dim]", highlight=False)
-            found = {**about(setting), "command": command(Path(__file__), arguments), **PARTS[name].measure(setting)}
-            result["parts"][name] = found
+            used, found = measured(PARTS[name], setting)
+            result["parts"][name] = {"command": command(Path(__file__), arguments), **found}
             if target is not None:  # at once: what is measured stays, whatever becomes of the next part
                 keep(target, result, given.write)
+            else:
+                show({**result, "parts": {name: result["parts"][name]}}, console)
+            PARTS[name].kept(used, found)
     except LwmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    show(result, console)
     if target is not None:
+        show(result, console)
         console.print(f"Written to {target}", highlight=False)
     return 0
 

@@ -1,7 +1,8 @@
 """Part of ``attention-gpu-torch``: one forward pass of LWM's 7B shape over 1,048,576 tokens on the one GPU.
 
 A command does as many layers as it has time for and puts the stream away under ``build/``; the next one goes on there,
-until all layers are done. Parameters are random: what is measured does not depend on them.
+until all layers and the loss are done. What was put away is removed once the result is written. Parameters are random:
+what is measured does not depend on them.
 
 Shapes: B batch, S sequence, E hidden size; B is 1.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_torch_gpu import Figure, Part, Setting, wait
+from bench_torch_gpu import Figure, Part, Setting, seconds, wait
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,7 +64,8 @@ class Forward:
 
     def begin(self) -> tuple[dict[str, Any], Tensor]:
         """Where it stands: what was measured, and the stream ``[1,S,E]``."""
-        about = {"shape": self.config.to_dict(), "S": self.seq_len, "device": str(self._setting.device.type)}
+        about = {"shape": self.config.to_dict(), "S": self.seq_len, "device": str(self._setting.device.type),
+                 "dtype": self._setting.dtype_name}  # fmt: skip
         if self._state.is_file():
             found = json.loads(self._state.read_text(encoding="utf-8"))
             if {key: found[key] for key in about} != about:
@@ -119,8 +121,13 @@ class Forward:
         self._state.write_text(json.dumps(found), encoding="utf-8")
 
 
+def folder_of(setting: Setting) -> Path:
+    """Where a pass is put away."""
+    return FOLDER.with_name(f"{FOLDER.name}-smoke") if setting.small else FOLDER
+
+
 def flops(config: ModelConfig, seq_len: int) -> float:
-    """Of a causal forward pass: 2 a parameter of a layer and token, and 2·S²·H·D a layer."""
+    """Of a causal forward pass: 2 a parameter of the layers and the head and token, and 2·S²·H·D a layer."""
     matrices = 2.0 * seq_len * (config.parameter_count - config.vocabulary.size * config.hidden_size)
     return matrices + 2.0 * config.num_layers * seq_len**2 * config.num_heads * config.head_dim
 
@@ -128,8 +135,7 @@ def flops(config: ModelConfig, seq_len: int) -> float:
 @torch.no_grad()
 def measure(setting: Setting) -> dict[str, Any]:
     """Go on with the pass; its figures once it is through, else how far it is."""
-    folder = FOLDER.with_name(f"{FOLDER.name}-smoke") if setting.small else FOLDER
-    forward = Forward(setting, folder)
+    forward = Forward(setting, folder_of(setting))
     began = time.monotonic()
     found, stream = forward.begin()
     layers, first = forward.config.num_layers, len(found["seconds"])
@@ -143,17 +149,29 @@ def measure(setting: Setting) -> dict[str, Any]:
         once = time.perf_counter() - start
         found["seconds"].append(once)
         setting.console.print(f"[dim]layer {number + 1} of {layers}: {once:.1f} s[/dim]", highlight=False)
-    if setting.device.type == "cuda":
-        found["memory"] = max(found["memory"], torch.cuda.max_memory_allocated(setting.device))
+    remember_memory(found, setting)
     done = len(found["seconds"])
-    if done < layers:
+    if done > first:
         forward.keep(found, stream)
+    if done < layers:
         setting.console.print(f"{done} of {layers} layers are done; the same command goes on there")
     else:
-        found["loss"] = forward.loss(stream)
-        for name in ("stream.safetensors", "progress.json"):
-            (folder / name).unlink(missing_ok=True)
+        found["loss_seconds"] = seconds(lambda: found.update(loss=forward.loss(stream)), setting.device)
+        remember_memory(found, setting)
     return {**found, "layers": layers, "flops": flops(forward.config, forward.seq_len)}
+
+
+def remember_memory(found: dict[str, Any], setting: Setting) -> None:
+    """The most that any part of the pass has taken."""
+    if setting.device.type == "cuda":
+        found["memory"] = max(found["memory"], torch.cuda.max_memory_allocated(setting.device))
+
+
+def kept(setting: Setting, found: dict[str, Any]) -> None:
+    """Remove what was put away of a pass whose result is written."""
+    if len(found["seconds"]) == found["layers"]:
+        for name in ("progress.json", "stream.safetensors"):
+            (folder_of(setting) / name).unlink(missing_ok=True)
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
@@ -161,10 +179,10 @@ def figures(found: dict[str, Any]) -> list[Figure]:
     done, layers = len(found["seconds"]), found["layers"]
     if done < layers:
         return [Figure(f"forward over {found['S']} tokens", f"{done} of {layers} layers; run it again to go on")]
-    total = sum(found["seconds"])
+    total = sum(found["seconds"]) + found["loss_seconds"]
     room = f", {found['memory'] / 2**30:.1f} GiB" if found["memory"] else ""
     told = f"**{total:.0f} s**: {found['flops'] / total / 1e12:.3g} TFLOP/s{room}; loss {found['loss']:.2f}"
-    return [Figure(f"forward of {layers} layers over {found['S']} tokens", told)]
+    return [Figure(f"forward of {layers} layers and the loss over {found['S']} tokens", told)]
 
 
-PARTS = (Part("million", "the 7B shape forward over 1,048,576 tokens, some layers a command", measure, figures),)
+PARTS = (Part("million", "the 7B shape forward over 1,048,576 tokens, some layers a command", measure, figures, kept),)

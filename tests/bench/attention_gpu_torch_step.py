@@ -62,7 +62,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     config, seq_len = shape_that_fits(setting)
     options = TrainerOptions(
         device=setting.device.type,
-        compute_dtype="float32" if setting.small else "bfloat16",
+        compute_dtype=setting.dtype_name,
         loss_chunk=2048,
         token_chunk=None if setting.small else 8192,
     )

@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,7 @@ class Setting:
         kernel: the plugin's option ``kernel``.
         rounds: how often each side is timed.
         console: for progress.
+        dtype: of what is computed; the small case goes through both, a GPU through bfloat16.
     """
 
     device: torch.device
@@ -53,16 +54,17 @@ class Setting:
     kernel: str
     rounds: int
     console: Console
+    dtype: torch.dtype = torch.bfloat16
 
     @property
-    def dtype(self) -> torch.dtype:
-        """bfloat16 on a GPU."""
-        return torch.float32 if self.small else torch.bfloat16
+    def dtype_name(self) -> str:
+        """As options have it."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def tolerance(self) -> float:
         """Relative L2 distance within which two sides compute the same thing."""
-        return 1e-4 if self.small else 2e-2
+        return 1e-4 if self.dtype == torch.float32 else 2e-2
 
     def kernel_of(self, head_dim: int) -> tuple[Kernel, list[str]]:
         """The plugin's kernel and what is said of its choice."""
@@ -80,12 +82,14 @@ class Part:
         what: in one line.
         measure: what is found, as JSON has it.
         figures: the lines of the table, of what was found.
+        kept: told what was found once it is written, to remove what was put away to go on with.
     """
 
     name: str
     what: str
     measure: Callable[[Setting], dict[str, Any]]
     figures: Callable[[dict[str, Any]], list[Figure]]
+    kept: Callable[[Setting, dict[str, Any]], None] = field(default=lambda setting, found: None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *options], env=environment, capture_output=True, text=True)
 
 
+def errors_of(row: dict[str, Any]) -> list[float]:
+    """Of all sides and results."""
+    found = row["errors"].values()
+    return [error for one in found for error in (one.values() if isinstance(one, dict) else [one])]
+
+
 def test_the_smoke_case_runs_every_part(tmp_path: Path) -> None:
     done = bench("--smoke", "--out", str(tmp_path / "result.json"))
     assert done.returncode == 0, done.stderr
@@ -45,7 +52,8 @@ def test_the_smoke_case_runs_every_part(tmp_path: Path) -> None:
     assert set(parts) == {*PARTS, "step", "million"}
     for name in PARTS:
         assert [row["kind"] for row in parts[name]["rows"]] == ["forward", "forward+backward"]
-        assert parts[name]["notes"][0] == "kernel cpu-flash"
+        assert parts[name]["notes"][0] == "kernel cpu-flash" and parts[name]["dtype"] == "bfloat16"
+        assert all(1e-4 < max(errors_of(row)) < 2e-2 for row in parts[name]["rows"]), "of bfloat16"
     assert set(parts["packed"]["rows"][0]["seconds"]) == {
         "whole", "a call a document", "ring of 8, zigzag", "ring of 8, contiguous", "one rank"
     }  # fmt: skip
@@ -106,7 +114,7 @@ def test_results_that_differ_end_the_run() -> None:
 
     from lwm_core.errors import LwmError
 
-    setting = Setting(torch.device("cpu"), True, "auto", 1, Console())
+    setting = Setting(torch.device("cpu"), True, "auto", 1, Console(), torch.float32)
     ones = torch.ones(8)
     assert check("x", (ones, ones), (ones, ones), setting) == {"out": 0.0, "dq": 0.0}
     for wrong in (1.001 * ones, torch.full((8,), torch.nan)):
@@ -139,15 +147,24 @@ def test_the_step_and_the_million_are_told(tmp_path: Path) -> None:
 
 
 def test_a_pass_cut_into_commands_is_the_whole_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that has time for one layer puts the stream away; the next goes on, to the very same loss."""
+    """A command that has time for one layer puts the stream away; the next goes on, to the very same loss.
+
+    What was put away stays until the result is written: a command that ended before that leaves the last nothing but
+    the loss to do.
+    """
     import attention_gpu_torch_million as million
     import torch
     from bench_torch_gpu import Setting
     from rich.console import Console
 
-    setting = Setting(torch.device("cpu"), True, "auto", 1, Console(quiet=True))
+    from lwm_core.errors import LwmError
+
+    setting = Setting(torch.device("cpu"), True, "auto", 1, Console(quiet=True), torch.float32)
     monkeypatch.setattr(million, "FOLDER", tmp_path / "whole")
     whole = million.measure(setting)
+    again = million.measure(setting)
+    assert again["loss"] == whole["loss"] and again["seconds"] == whole["seconds"]
+    million.kept(setting, again)
     assert not list((tmp_path / "whole-smoke").glob("*"))
     monkeypatch.setattr(million, "FOLDER", tmp_path / "cut")
     monkeypatch.setattr(million, "SECONDS", 0.0)
@@ -156,3 +173,10 @@ def test_a_pass_cut_into_commands_is_the_whole_pass(tmp_path: Path, monkeypatch:
     assert ["loss" in part for part in parts] == [False, False, True]
     assert "1 of 3 layers; run it again" in million.figures(parts[0])[0].value
     assert parts[2]["loss"] == whole["loss"]
+    million.kept(setting, parts[1])
+    assert len(list((tmp_path / "cut-smoke").glob("*"))) == 2, "a pass that is not through is kept"
+    short = replace(setting, dtype=torch.bfloat16)
+    with pytest.raises(LwmError, match="holds another pass"):
+        million.measure(short)
+    slow = {**parts[2], "seconds": [1.0] * 3, "loss_seconds": 7.0}
+    assert "**10 s**" in million.figures(slow)[0].value, "the loss's time counts, as its operations do"

@@ -66,6 +66,6 @@ def test_cudnn_is_as_right_as_xla(mask: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_float32_is_not_rounded_to_tf32(packed: bool) -> None:
-    """The kernel in plain operations keeps float32's 1e-5; TF32, which a GPU takes by default, loses a hundred times it."""
+    """The kernel in plain operations keeps float32's 1e-5, which TF32, a GPU's default, would not."""
     for name, error in errors("xla", MASKS["causal"], packed, "float32").items():
         assert error < 1e-5, f"{name}: {error}"

@@ -1,4 +1,4 @@
-"""Runs of the Torch trainer whose processes are killed: the others end, and what is resumed is as if nothing had been."""
+"""Runs of the Torch trainer whose processes are killed: the others end, and what is resumed shows no trace of it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def test_a_run_goes_from_world_to_world_with_the_same_data(ranks: Any, tmp_path:
 def test_under_torchrun_a_killed_rank_is_named_by_the_other(victim: int, ranks: Any, tmp_path: Path) -> None:
     """The launcher keeps the store, so that rank 0 too is named; it all ends within a minute."""
     ranks.env |= ranks.noted("noted")
-    process = ranks.launch(2, "run", "extend.toml", "--out", "out", "-s", "evals=[]", "-s", "context.tokens=[999424,1024]")
+    process = ranks.launch(
+        2, "run", "extend.toml", "--out", "out", "-s", "evals=[]", "-s", "context.tokens=[999424,1024]"
+    )
     wait_until([process], lambda: lines(tmp_path / "out") >= 3)
     died = ranks.process_of("noted", victim)
     assert died is not None

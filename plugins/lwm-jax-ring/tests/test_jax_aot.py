@@ -104,9 +104,10 @@ def test_what_does_not_fit_is_told_in_the_compilers_words(small: Path) -> None:
     assert done.stdout.startswith("8K: 1 rows of 8192 tokens, mesh 1,1,1,4\n")
     assert "  does not fit" in done.stdout and "RESOURCE_EXHAUSTED" in done.stdout and "15.75G" in done.stdout
     assert "2.00 GiB layers.mlp.up_proj.kernel float32[1, 2048, 262144]" in done.stdout
-    # The layer whole, as it is gathered to compute with, and what it gives for the tokens of a rank.
-    values = done.stdout.partition("largest values of the program")[2]
-    assert "bfloat16[8192, 262144]" in values or "bfloat16[1, 2048, 262144]" in values, values
+    # The weights of a layer whole, as they are gathered to compute with.
+    values = done.stdout.partition("largest values of the traced program")[2]
+    assert "8.00 GiB float32[8192, 262144] by sharding_constraint" in values, done.stdout
+    assert "4.00 GiB bfloat16[8192, 262144]" in values
     assert "Traceback" not in done.stderr
 
 

@@ -92,7 +92,9 @@ def test_without_a_compiler_the_first_step_says_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(config, "force_disable_caches", True)
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     trainer = make_trainer(compile=True)
-    with pytest.raises(UnsupportedError, match=r"cannot be compiled here \(.*\); set trainer\.compile to false") as told:
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be compiled here \(.*\); set trainer\.compile to false"
+    ) as told:
         trainer.step(rows_of(trainer), 0)
     assert "\n" not in str(told.value)
     plain = make_trainer()

@@ -27,9 +27,7 @@ def largest(backward: bool, **options: Any) -> int:
     vocabulary = Vocabulary(TEXT, VISION, 0)
     config = preset("tiny", vocabulary, hidden_size=HIDDEN, intermediate_size=FEED_FORWARD, num_layers=2)
     random = np.random.default_rng(0)
-    rows = [
-        [TokenSequence(random.integers(0, vocabulary.size, SEQ_LEN), random.random(SEQ_LEN))] for _ in range(ROWS)
-    ]
+    rows = [[TokenSequence(random.integers(0, vocabulary.size, SEQ_LEN), random.random(SEQ_LEN))] for _ in range(ROWS)]
     trainer = make_trainer(config=config, rows=ROWS, seq_len=SEQ_LEN, attention={"chunk": 64}, **options)
     batch = trainer.current.batch(rows_of(trainer, pack_rows(rows, SEQ_LEN)))
     with Largest() as mode:

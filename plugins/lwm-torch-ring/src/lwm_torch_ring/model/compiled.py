@@ -1,7 +1,7 @@
 """A layer as one compiled program: what ``torch.compile`` makes of everything between two transfers of parameters.
 
-Attention is one operator of it (``attention/differentiable.py``), and so is an exchange of heads, so that nothing breaks
-the program; what FSDP does to a layer's parameters happens before and after it.
+Attention is one operator of it (``attention/differentiable.py``), and so is an exchange of heads, so that nothing
+breaks the program; what FSDP does to a layer's parameters happens before and after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def compiled(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     # Of each program and rank it is said that rematerialised code must not compute in place, which ours does not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    # Never in parts: a break would leave the rest uncompiled, and a rematerialised layer with one is not compiled at all.
+    # Never in parts: a rematerialised layer with a break in it would not be compiled at all, and nothing would say so.
     program = torch.compile(layer, fullgraph=True, dynamic=False)
 
     def call(*given: Any) -> Tensor:

@@ -12,12 +12,14 @@ Shapes: B batch, C tokens of the queries' rank, T keys that have arrived, H quer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lwm_core.errors import UnsupportedError
 from lwm_jax_ring.attention.blocks import Keys, Queries
 
 
@@ -77,3 +79,20 @@ def precision(x: jax.Array) -> lax.Precision:
     """Of a product of arrays like ``x``: full for float32, which JAX multiplies in TF32 on GPUs and in bfloat16 on TPUs
     unless it is told otherwise."""
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def not_differentiable(function: Callable[..., Any], kernel: str, static: tuple[int, ...]) -> Callable[..., Any]:
+    """``function``, refused with a reason where JAX would differentiate it; ``static`` arguments are no arrays.
+
+    The gradient rule of attention calls kernels and never differentiates them. What does is a gradient of lse, which no
+    rule covers, and a derivative of the rule itself.
+    """
+    guarded = jax.custom_jvp(function, nondiff_argnums=static)
+
+    @guarded.defjvp
+    def refuse(*_: Any) -> Any:
+        raise UnsupportedError(
+            f"jax-ring: kernel {kernel!r} has no gradient of lse and no second derivatives; use kernel = 'xla'"
+        )
+
+    return guarded

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lwm_core.errors import UnsupportedError
+from lwm_jax_ring.attention.kernels.contract import not_differentiable
 
 
 def primitives() -> Any:
@@ -42,7 +43,8 @@ class CudnnFused:
 
     dtypes: tuple[str, ...] = ("bfloat16",)
 
-    def _static(self, causal: bool) -> dict[str, Any]:
+    def static(self, causal: bool) -> dict[str, Any]:
+        """What cuDNN is told beside arrays."""
         module = primitives()
         kind = module.MaskType.CAUSAL if causal else module.MaskType.NO_MASK
         return {
@@ -51,17 +53,34 @@ class CudnnFused:
         }  # fmt: skip
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, jax.Array]:
-        absent = [jnp.zeros(0, jnp.int32)] * 6  # lengths, offsets and page tables
-        out, lse = primitives()._dot_product_attention_fwd_p.bind(
-            q, k, v, jnp.zeros(0, q.dtype), *absent, is_training=True, **self._static(causal)
-        )
-        return out, jnp.swapaxes(lse, 1, 2)
+        found: tuple[jax.Array, jax.Array] = _forward(self, causal, q, k, v)
+        return found
 
     def backward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array, dout: jax.Array, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        absent = [jnp.zeros(0, jnp.int32)] * 6
-        dq, dk, dv = primitives()._dot_product_attention_bwd_p.bind(
-            q, k, v, jnp.zeros(0, q.dtype), *absent, jnp.swapaxes(lse, 1, 2), out, dout, **self._static(causal)
-        )
-        return dq, dk, dv
+        found: tuple[jax.Array, jax.Array, jax.Array] = _backward(self, causal, q, k, v, out, lse, dout)
+        return found
+
+
+def _call_forward(fused: CudnnFused, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    absent = [jnp.zeros(0, jnp.int32)] * 6  # lengths, offsets and page tables
+    out, lse = primitives()._dot_product_attention_fwd_p.bind(
+        q, k, v, jnp.zeros(0, q.dtype), *absent, is_training=True, **fused.static(causal)
+    )
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def _call_backward(
+    fused: CudnnFused, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array,
+    dout: jax.Array,
+) -> Any:  # fmt: skip
+    absent = [jnp.zeros(0, jnp.int32)] * 6
+    dq, dk, dv = primitives()._dot_product_attention_bwd_p.bind(
+        q, k, v, jnp.zeros(0, q.dtype), *absent, jnp.swapaxes(lse, 1, 2), out, dout, **fused.static(causal)
+    )
+    return dq, dk, dv
+
+
+_forward = not_differentiable(_call_forward, "cudnn", (0, 1))
+_backward = not_differentiable(_call_backward, "cudnn", (0, 1))

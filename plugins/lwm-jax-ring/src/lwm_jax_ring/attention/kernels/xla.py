@@ -115,7 +115,7 @@ def _seen(queries: Queries, keys: Keys, groups: int) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Batched matrix product over leading [B, K], float32 result whatever the inputs; float32 ones in full precision."""
+    """Batched matrix product over leading [B, K], float32 result; float32 inputs are multiplied in full precision."""
     return jnp.matmul(a, b, precision=precision(a), preferred_element_type=jnp.float32)
 
 

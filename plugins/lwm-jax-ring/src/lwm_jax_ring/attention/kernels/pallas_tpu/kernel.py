@@ -12,7 +12,7 @@ import jax
 
 from lwm_core.errors import ShapeError
 from lwm_jax_ring.attention.blocks import Keys, Queries
-from lwm_jax_ring.attention.kernels.contract import row_sums
+from lwm_jax_ring.attention.kernels.contract import not_differentiable, row_sums
 from lwm_jax_ring.attention.kernels.pallas_tpu import backward_pass, forward_pass, plan
 from lwm_jax_ring.attention.kernels.pallas_tpu.inside import Logits
 
@@ -46,8 +46,9 @@ class PallasTpuKernel:
         Logits(self.scale, self.softcap)
 
     @property
-    def _logits(self) -> Logits:
-        return Logits(self.scale, self.softcap)
+    def static(self) -> tuple[Logits, int | None, int | None, Any]:
+        """What both passes are given beside arrays."""
+        return Logits(self.scale, self.softcap), self.block_q, self.block_k, self.interpret
 
     def queries(self, q: jax.Array, mask: Queries, kv_heads: int) -> plan.Prepared:
         return plan.prepare(q, mask, self.block_q)
@@ -58,10 +59,10 @@ class PallasTpuKernel:
     def absorb(
         self, state: forward_pass.State, queries: plan.Prepared, k: jax.Array, v: jax.Array, keys: Keys
     ) -> forward_pass.State:
-        return forward_pass.absorb(state, queries, k, v, keys, self._logits, self.block_q, self.block_k, self.interpret)
+        return _absorb(self, state, queries, k, v, keys)
 
     def finish(self, state: forward_pass.State, length: int) -> tuple[jax.Array, jax.Array]:
-        return forward_pass.finish(state, length, self.dim, self._logits)
+        return forward_pass.finish(state, length, self.dim, self.static[0])
 
     def saved(
         self, q: jax.Array, out: jax.Array, dout: jax.Array, lse: jax.Array, mask: Queries, kv_heads: int
@@ -79,10 +80,22 @@ class PallasTpuKernel:
     def gradients(
         self, dq: jax.Array, saved: backward_pass.Saved, k: jax.Array, v: jax.Array, keys: Keys
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return backward_pass.absorb(dq, saved, k, v, keys, self._logits, self.block_q, self.block_k, self.interpret)
+        return _gradients(self, dq, saved, k, v, keys)
 
     def finish_gradient(self, dq: jax.Array, length: int) -> jax.Array:
-        return backward_pass.finish(dq, length, self.dim, self._logits)
+        return backward_pass.finish(dq, length, self.dim, self.static[0])
+
+
+def _forward_hop(kernel: PallasTpuKernel, *arrays: Any) -> forward_pass.State:
+    return forward_pass.absorb(*arrays, *kernel.static)
+
+
+def _backward_hop(kernel: PallasTpuKernel, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return backward_pass.absorb(*arrays, *kernel.static)
+
+
+_absorb = not_differentiable(_forward_hop, "pallas-tpu", (0,))
+_gradients = not_differentiable(_backward_hop, "pallas-tpu", (0,))
 
 
 def forward(
