@@ -20,11 +20,11 @@ from hf_cases import as_lwm, write_stream
 from lwm_core.cli import main
 from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.rope import RopeSpec
+from lwm_core.testing.memory import can_measure, peak_growth
 from lwm_core.vocab import Vocabulary
 from lwm_core.weights import read_model_folder, write_model_folder
 from lwm_hf.interchange.sources import TABLES
 
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 STREAM = ("--theta", "5e7", "--seq-len", "4096", "--heads", "4")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ROOM = 1.06  # of twice the largest: blocks in flight, the interpreter's own
@@ -76,12 +76,6 @@ def bins(at: Path, config: ModelConfig, values: dict[str, np.ndarray], dtype: st
     (at / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dealt}))
 
 
-def resident(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since the last :func:`forget`."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 CASES = [
     (stream, "a table", 0, "float32", "bfloat16"),
     (stream, "a table", 0, "bfloat16", "float32"),
@@ -97,7 +91,7 @@ CASES = [
 """(source, what is largest, rows for vision: negative to be added, dtypes)."""
 
 
-@pytest.mark.skipif(not CLEAR.exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.skipif(not can_measure(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize(("start", "what", "vision", "read", "written"), CASES)
 def test_no_more_than_twice_the_largest(
     start: Callable[..., None], what: str, vision: int, read: str, written: str, tmp_path: Path
@@ -114,16 +108,12 @@ def test_no_more_than_twice_the_largest(
     grown_by = {name: -vision * config.hidden_size for name in TABLES if vision < 0}
     largest = max(prod(shape) + grown_by.get(name, 0) for name, (_, shape) in rows.items()) * DTYPES[narrow].itemsize
     assert largest >= 2**25
-    CLEAR.write_text("5")
-    before = resident("VmRSS")
     tracemalloc.start()
     try:
-        done = main(words)
+        grown = peak_growth(lambda: main(words))
         allocated = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    grown = resident("VmHWM") - before
-    assert done == 0
     assert allocated < 2 * ROOM * largest, allocated / largest
     assert grown < 2 * ROOM * largest, grown / largest
     found = read_model_folder(tmp_path / "out").parameters

@@ -126,6 +126,25 @@ def test_parameters_are_shared_out() -> None:
     assert result("train", 2, "1,1,1,2", {"shard_parameters": []})["held"] == whole
 
 
+@pytest.mark.parametrize("world", MESHES)
+def test_an_export_is_whole_and_takes_twice_the_largest_at_most(world: int, tmp_path: Path) -> None:
+    """Parameters lie in parts on all ranks, also uneven ones, and are brought together in blocks of a few rows."""
+    cases = [
+        {"do": "export", "mesh": mesh, "block": 8000, "dtype": "float32", "folder": str(tmp_path / mesh)}
+        for mesh in MESHES[world]
+    ]
+    large = {"text": 17_000, "hidden_size": 512, "num_layers": 1, "tie_embeddings": False}  # two tables of 34 MiB
+    cases += [
+        {"do": "export", "mesh": mesh, "dtype": dtype, "model": large, "folder": str(tmp_path / f"{mesh} {dtype}")}
+        for mesh in MESHES[world][-1:] for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+    for case, got in zip(cases, told(world, cases), strict=True):
+        assert got["same"], case
+        if "model" in case:
+            print(case["mesh"], case["dtype"], got["growth"])
+            assert got["growth"] < 2.1, case
+
+
 @pytest.mark.parametrize(("world", "mesh", "other"), [(1, "1,1,1,1", 3), (2, "1,1,1,2", 1), (4, "1,1,2,2", 2)])
 def test_a_checkpoint_continues(world: int, mesh: str, other: int, tmp_path: Path) -> None:
     """Bit for bit on the same mesh, though training went on while it was written; to rounding on any other."""

@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch_cases import make_trainer, rows_of, stage
+from torch_cases import ROPE, make_trainer, model, rows_of, stage
 
 from lwm_core.attention import AttentionMask
 from lwm_core.protocols import SamplingSpec
 from lwm_core.reference import attention_forward
+from lwm_core.run import Model, lead
+from lwm_core.testing.memory import peak_growth
+from lwm_core.weights import read_model_folder, write_model_folder
 from lwm_torch_ring.attention.kernels.math import MathKernel
 from lwm_torch_ring.attention.peers import peers_on
 from lwm_torch_ring.generate.cache import LayerCache
 from lwm_torch_ring.generate.reading import _pass_kv, _pass_q, one_query
+from lwm_torch_ring.model import sharding
 from lwm_torch_ring.model.sharding import local_part, named, whole
 from lwm_torch_ring.train.trainer import TorchTrainer
 
@@ -136,14 +140,33 @@ def read(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     return far
 
 
-DO = {one.__name__: one for one in (read, converse, train, generate, save, restore, move)}
+def export(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
+    """A model folder, written as rank 0 leads: how far it grows by that, over the largest parameter in float32."""
+    sharding._BLOCK = case.get("block", sharding._BLOCK)
+    folder, config, dtype = Path(case["folder"]), trainer.context.model, case["dtype"]
+
+    def write(asked: Model) -> None:
+        write_model_folder(folder, config, ROPE, 72, asked.iter_parameters(), dtype)
+
+    lead(trainer, write)  # the first time loads code and opens connections
+    grown = peak_growth(lambda: lead(trainer, write))
+    trainer.processes.share(None)  # until all is written
+    written = read_model_folder(folder).parameters
+    whole_ones = {name: whole(parameter.detach()).numpy() for name, parameter in named(trainer.network)}
+    return {
+        "same": all(np.array_equal(written[name], one.astype(written[name].dtype)) for name, one in whole_ones.items()),
+        "growth": grown / (4 * max(one.size for one in whole_ones.values())),
+    }
+
+
+DO = {one.__name__: one for one in (export, read, converse, train, generate, save, restore, move)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     told = []
     for case in json.loads(sys.argv[1]):
-        trainer = make_trainer(case["mesh"], **case.get("more", {}))
+        trainer = make_trainer(case["mesh"], config=model(**case.get("model", {})), **case.get("more", {}))
         told.append(DO[case["do"]](trainer, case))
         trainer.processes.share(None)
     if trainer.processes.rank == 0:

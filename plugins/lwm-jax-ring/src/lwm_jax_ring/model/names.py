@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cache
+from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from lwm_core.errors import CheckpointError
+from lwm_core.errors import CheckpointError, LwmError
 from lwm_core.model import ModelConfig, canonical_shapes
 
 Path = tuple[str, ...]
@@ -36,25 +38,55 @@ def locate(name: str) -> tuple[Path, int | None, bool]:
 
 
 def iter_canonical(parameters: Mapping[Path, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(canonical name, one unstacked float32 array), one at a time."""
+    """(canonical name, one unstacked float32 array), one at a time, and no second copy of it in memory.
+
+    Where an array lies in several processes, all of them go through all of it.
+    """
     for name in canonical_shapes(config):
         path, layer, turned = locate(name)
-        leaf = parameters[path]
-        if getattr(leaf, "is_fully_addressable", True):
-            array = np.asarray(leaf if layer is None else leaf[layer])
-        else:  # parts of it lie in other processes, which all come by here
-            array = np.asarray(_whole(leaf.sharding.mesh)(leaf, layer))
+        array = _fetched(parameters[path], layer)
         yield name, array.T if turned else array
+        del array  # before the next is made
+
+
+_BLOCK = 4 * 2**20  # bytes that every device brings together at a time
+
+
+def _fetched(leaf: Any, layer: int | None) -> np.ndarray:
+    """The layer of a stack, or all of it, in memory of its own."""
+    if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding) or leaf.ndim < 2:
+        return np.array(leaf if layer is None else leaf[layer], np.float32)
+    mesh = leaf.sharding.mesh
+    spec = P(*leaf.sharding.spec, *[None] * (leaf.ndim - len(leaf.sharding.spec)))
+    if layer is not None and spec[0] is not None:
+        raise LwmError(f"trainer 'jax': {spec} cuts the layers of a stack; expected its rows and columns alone")
+    own = spec if layer is None else P(*spec[1:])
+    found = np.empty(leaf.shape if layer is None else leaf.shape[1:], np.float32)
+    names = (own[0],) if isinstance(own[0], str) else own[0] or ()
+    ranks = prod(mesh.shape[name] for name in names)
+    held = len(found) // ranks
+    rows = min(held, max(1, _BLOCK // (ranks * found[:1].nbytes)))
+    together = _together(mesh, spec, own, rows)
+    for at in range(0, held, rows):
+        start = min(at, held - rows)  # the last block begins where it still has all its rows
+        blocks = np.asarray(together(leaf, np.int32(layer or 0), np.int32(start)))
+        for rank in range(ranks):
+            first = rank * held + start
+            found[first : first + rows] = blocks[rank * rows : (rank + 1) * rows]
+    return found
 
 
 @cache
-def _whole(mesh: Mesh) -> Any:
-    """The jitted (stack, layer) → that layer, or all of it, on every device of ``mesh``."""
+def _together(mesh: Mesh, spec: P, own: P, rows: int) -> Any:
+    """The jitted (array, layer, start) → ``rows`` rows from ``start`` of each device's part, on every device."""
 
-    def pick(stack: jax.Array, layer: int | None) -> jax.Array:
-        return stack if layer is None else lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    def pick(part: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+        if len(spec) > len(own):
+            part = lax.dynamic_index_in_dim(part, layer, keepdims=False)
+        return lax.dynamic_slice_in_dim(part, start, rows)
 
-    return jax.jit(pick, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    picked = jax.shard_map(pick, mesh=mesh, in_specs=(spec, P(), P()), out_specs=own)
+    return jax.jit(picked, out_shardings=NamedSharding(mesh, P()))
 
 
 def stack_canonical(given: Mapping[str, Any], config: ModelConfig, path: Path) -> np.ndarray:

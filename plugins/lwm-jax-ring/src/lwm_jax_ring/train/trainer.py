@@ -195,6 +195,7 @@ class JaxTrainer:
             if one is None:
                 return
             yield one
+            del one  # before the next is made
 
     def load_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Take parameters by canonical name; before or after a stage has begun.

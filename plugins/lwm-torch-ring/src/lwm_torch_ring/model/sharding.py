@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from lwm_core.errors import ShapeError
+from lwm_core.errors import LwmError, ShapeError
 from lwm_core.mesh import MESH_AXES
 from lwm_core.model import ModelConfig
 from lwm_torch_ring.model.llama import Linear, Llama, RMSNorm, Table, initial, part_of
@@ -173,6 +175,58 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank; all ranks of its mesh call it at the same time."""
     entire: Any = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return entire
+
+
+_BLOCK = 2 * 2**20  # bytes of a parameter that are brought together at a time
+
+
+@torch.no_grad()
+def as_array(parameter: Tensor) -> NDArray[np.float32]:
+    """All of a parameter, in memory of its own; all ranks of its mesh call it at the same time.
+
+    It is brought together in blocks of rows, so that beside the array itself there is hardly more than what this rank
+    holds of it anyhow.
+    """
+    found = np.empty(parameter.shape, np.float32)
+    to, local = torch.from_numpy(found), local_part(parameter)
+    if not isinstance(parameter, DTensor) or parameter.ndim == 1:
+        to.copy_(whole(parameter))
+        return found
+    rows, columns = (_cutting(parameter, dimension) for dimension in (0, 1))
+    n_rows, n_columns = (1 if group is None else dist.get_world_size(group) for group in (rows, columns))
+    held, width = -(-len(to) // n_rows), local.shape[1]  # rows of a rank, of which the last ones may have fewer
+    step = min(held, max(1, _BLOCK // (local.element_size() * width * n_rows * n_columns)))
+    block = local.new_zeros(step, width)
+    beside = block.new_empty(n_columns, step, width)
+    blocks = block.new_empty(n_rows, n_columns, step, width)
+    for start in range(0, held, step):
+        mine = local[start : start + step]
+        block[: len(mine)] = mine
+        _gather(beside, block, columns)
+        _gather(blocks, beside, rows)
+        for row in range(n_rows):
+            first, last = row * held + start, min(row * held + min(start + step, held), len(to))
+            for column in range(n_columns if first < last else 0):
+                to[first:last, column * width : (column + 1) * width] = blocks[row, column, : last - first]
+    return found
+
+
+def _cutting(matrix: DTensor, dimension: int) -> dist.ProcessGroup | None:
+    """The ranks that have this dimension of a matrix cut between them, in its order."""
+    axes = [axis for axis, place in enumerate(matrix.placements) if place.is_shard(dimension)]
+    if len(axes) > 1 or not all(type(place) in (Shard, Replicate) for place in matrix.placements):
+        raise LwmError(
+            f"trainer 'torch': a matrix is placed {matrix.placements}; expected one axis a dimension at most"
+        )
+    return matrix.device_mesh.get_group(axes[0]) if axes else None
+
+
+def _gather(into: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Each rank's part, one after the other."""
+    if group is None:
+        into.copy_(part.view_as(into))
+    else:
+        dist.all_gather_into_tensor(into.view(-1), part.view(-1), group=group)
 
 
 GATHERED_SHARE = 1 / 4

@@ -23,7 +23,7 @@ from lwm_core.protocols import ALONE, Metrics, Processes, Stage, TrainerContext
 from lwm_torch_ring.devices import peak_flops
 from lwm_torch_ring.model.compiled import forget
 from lwm_torch_ring.model.llama import Llama
-from lwm_torch_ring.model.sharding import Gathering, Meshes, build, fill, materialise, named, whole
+from lwm_torch_ring.model.sharding import Gathering, Meshes, as_array, build, fill, materialise, named, whole
 from lwm_torch_ring.train.checkpoint import Checkpointer, DcpSave
 from lwm_torch_ring.train.distributed import TorchProcesses, heartbeat, join, torchrun_line
 from lwm_torch_ring.train.heartbeat import naming_the_lost
@@ -174,12 +174,16 @@ class TorchTrainer:
         self._optimizer.took(state["optimizer.step"])
 
     def iter_parameters(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(canonical name, one whole float32 array), one at a time; all ranks go through all of them."""
+        """(canonical name, one whole float32 array), one at a time; all ranks go through all of them.
+
+        Each is a copy, since training may go on, and the only one: no more of it is in memory than that.
+        """
         parameters = dict(named(self.network))
         for name in canonical_shapes(self.context.model):
             with naming_the_lost(self.heart):
-                value = whole(parameters[name].detach())
-            yield name, np.array(value.float().cpu().numpy())  # a copy: training may go on
+                array = as_array(parameters[name])
+            yield name, array
+            del array  # before the next is made
 
     def load_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Take parameters by canonical name; before or after a stage has begun.
