@@ -54,7 +54,8 @@ def test_what_was_measured_is_what_was_asked_for() -> None:
 def test_the_card_says_what_was_measured(shipped: VqganEncoder) -> None:
     for what in ("photographs", "video"):
         row = MEASURED[what]
-        figures = (f"{row['psnr']:.2f}", f"{row['worst_psnr']:.2f}", f"{row['ssim']:.3f}", f"{row['codes_used']:,}")
+        figures = (f"{row['frames']:,}", f"{row['psnr']:.2f}", f"{row['worst_psnr']:.2f}", f"{row['ssim']:.3f}",
+                   f"{row['codes_used']:,}")  # fmt: skip
         assert f"| {' | '.join(figures)} |" in CARD, what
     assert f"{parameter_count(shipped.config):,}" in CARD
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
