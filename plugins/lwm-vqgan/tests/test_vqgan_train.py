@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -58,15 +59,24 @@ def test_crops_are_a_function_of_seed_and_step(pictures: Pictures) -> None:
     assert (pictures.batch(3, 6, 8) != first).any() and (pictures.batch(4, 5, 8) != first).any()
 
 
-def test_crops_are_pieces_of_the_pictures(folder: Path, pictures: Pictures) -> None:
-    """At its full size a picture's crops stand in it, as they are or mirrored; what is clear is white."""
-    sizes = [(level.height, level.width) for level in pictures.levels[0]]
-    assert sizes == [(16, 24), (20, 30), (26, 39), (32, 48)]
-    whole = [np.asarray(Image.open(folder / name).convert("RGB")) for name in ("2.png", "clear.png")]
-    crops = pictures.batch(0, 0, 200, jitter=False)
-    white = (crops == 255).all(axis=(1, 2, 3))
-    assert 20 <= white.sum() <= 60 and whole[1].max() == 0
-    assert crops.reshape(200, -1).std() > 30
+def test_crops_are_pieces_of_the_pictures(tmp_path: Path) -> None:
+    """At full size they stand in the picture, as they are or mirrored; at the smallest they are means of squares."""
+    whole = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(whole).save(tmp_path / "noise.png")
+    noise = decode_pictures(find_pictures([tmp_path]), tmp_path / "decoded", 16)
+    assert [(level.height, level.width) for level in noise.levels[0]] == [(16, 16), (20, 20), (26, 26), (32, 32)]
+    crops = noise.batch(0, 0, 100, jitter=False)
+    small = whole.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    windows = sliding_window_view(whole, (16, 16), axis=(0, 1)).transpose(0, 1, 3, 4, 2).reshape(-1, 16, 16, 3)
+    for mirrored in (crops, crops[:, :, ::-1]):
+        assert sum(np.abs(crop - small).max() <= 1 for crop in mirrored) >= 5
+        assert sum((windows == crop).all(axis=(1, 2, 3)).any() for crop in mirrored) >= 5
+
+
+def test_sizes_end_at_the_pictures_own_and_what_is_clear_is_white(pictures: Pictures) -> None:
+    assert [(level.height, level.width) for level in pictures.levels[0]] == [(16, 24), (20, 30), (26, 39), (32, 48)]
+    white = (pictures.batch(0, 0, 200, jitter=False) == 255).all(axis=(1, 2, 3))
+    assert 20 <= white.sum() <= 60  # one picture of five
 
 
 def test_pictures_that_cannot_be_used_are_told_and_left_out(tmp_path: Path) -> None:
