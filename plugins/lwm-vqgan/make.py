@@ -37,7 +37,7 @@ CONFIG = VqganConfig(
     frame_size=64, base_channels=16, channel_multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1,
     latent_channels=32, code_dim=8, codes=8192, norm_groups=4,
 )  # fmt: skip
-OPTIONS = TrainOptions(steps=1500, batch=8, lr=2e-3, decay_share=0.0, codebook_from=400)
+OPTIONS = TrainOptions(steps=2000, batch=8, lr=2e-3, decay_share=0.0, codebook_from=400)
 
 FOLDERS = (
     "mate-backgrounds/usr/share/backgrounds/mate",
