@@ -19,7 +19,6 @@ class EncodeProgress:
 
     def __init__(self) -> None:
         self.done = 0
-        self.broken: list[str] = []
         self._name = ""
         self._size = self._length = self._of_source = 0
         self._total = self._before = 1.0
@@ -36,11 +35,10 @@ class EncodeProgress:
 
     def ended(self, broken: str) -> None:
         """The source is through."""
+        if broken:
+            self.note(f"{self._name}: {broken}; {'kept up to there' if self._of_source else 'left out'}")
         self._before += self._size
         self._size = self._of_source = 0
-        if broken:
-            self.broken.append(self._name)
-            self.note(f"{self._name}: {broken}; {'kept up to there' if self._length else 'left out'}")
 
     def frames(self, count: int) -> None:
         """So many frames more are encoded."""

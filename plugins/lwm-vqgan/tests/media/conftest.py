@@ -34,16 +34,17 @@ def colours(count: int, width: int = 64, height: int = 48, seed: int = 0) -> Ite
 
 def write_video(
     path: Path, frames: Iterable[NDArray[np.uint8]], *, codec: str = "libx264", pixels: str = "yuv420p", rate: Any = 25,
-    gop: int = 12, turn: Any = None, times: list[int] | None = None, format: str | None = None, **options: str,
+    gop: int = 12, turn: Any = None, times: list[int] | None = None, format: str | None = None,
+    container: dict[str, str] | None = None, **options: str,
 ) -> Path:  # fmt: skip
     """A video by PyAV directly, without the code under test."""
     import av
 
-    with av.open(str(path), "w", format=format) as container:
+    with av.open(str(path), "w", format=format, container_options=container) as output:
         stream: Any = None
         for number, frame in enumerate(frames):
             if stream is None:
-                stream = container.add_stream(codec, rate=rate, options=options)
+                stream = output.add_stream(codec, rate=rate, options=options)
                 stream.height, stream.width = frame.shape[:2]
                 stream.pix_fmt, stream.gop_size = pixels, gop
                 if turn is not None:
@@ -51,8 +52,8 @@ def write_video(
             one = av.VideoFrame.from_ndarray(frame, "rgb24")
             one.pts = number if times is None else times[number]
             one.time_base = 1 / Fraction(rate)
-            container.mux(stream.encode(one))
-        container.mux(stream.encode(None))
+            output.mux(stream.encode(one))
+        output.mux(stream.encode(None))
     return path
 
 

@@ -9,7 +9,8 @@ starts in the middle decodes as reading from the beginning does, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,15 +70,16 @@ class Clip:
     indices: NDArray[np.int64] | None = None
     scan: Scan | None = None
 
-    def frames(self, start: int = 0) -> Iterator[Frame]:
+    def frames(self, start: int = 0) -> Generator[Frame, None, None]:
         """The frames that are taken, without the first ``start``.
 
         Raises:
             DataError: the file is damaged; the line says where.
         """
         if self.scan is not None and self.indices is not None:
-            return _taken(self.path, self.scan, self.indices, start)
-        return iter([] if start else [Frame(0.0, _picture(self.path))])
+            yield from _taken(self.path, self.scan, self.indices, start)
+        elif start == 0:
+            yield Frame(0.0, _picture(self.path))
 
 
 def open_clip(path: Path, sampling: Sampling | None = None) -> Clip:
@@ -133,7 +135,7 @@ def _taken(path: Path, index: Scan, indices: NDArray[np.int64], start: int) -> I
             if run.stop <= start:
                 continue
             at = run.start
-            for time, frame in _decoded(container, stream, index, run.jump):
+            for time, frame in _decoded(path, container, stream, index, run.jump):
                 leading = run.jump is not None and time < run.jump  # shown before the keyframe, and based on what is not read
                 if frame.is_corrupt and not leading:
                     raise DataError(f"{path}: is damaged at {seconds(time):.2f} s: a frame decodes only in part")
@@ -147,20 +149,38 @@ def _taken(path: Path, index: Scan, indices: NDArray[np.int64], start: int) -> I
                     break
             if at < run.stop:
                 missed = seconds(int(wanted[at]))
-                raise DataError(f"{path}: is damaged at {missed:.2f} s: a frame is missing; encode it anew")
+                raise DataError(f"{path}: is damaged at {missed:.2f} s: a frame is missing")
 
 
 def _decoded(
-    container: InputContainer, stream: VideoStream, index: Scan, jump: int | None
+    path: Path, container: InputContainer, stream: VideoStream, index: Scan, jump: int | None
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their times, from the keyframe at ``jump`` on."""
+    """Decoded frames with their times, from the keyframe at ``jump`` on.
+
+    Raises:
+        DataError: one does not decode at all.
+    """
+    import av
+
     if jump is not None:
         container.seek(jump, stream=stream)
-    for count, frame in enumerate(container.decode(stream)):
+    frames = container.decode(stream)
+    time = int(index.times[0]) if jump is None else jump
+    for count in itertools.count():
+        try:
+            frame = next(frames, None)
+        except av.error.FFmpegError as error:
+            near = float((time - int(index.times[0])) * index.time_base)
+            raise DataError(f"{path}: is damaged at {near:.2f} s, or soon after it: {told(error)}") from None
+        if frame is None:
+            return
         if not index.timed:
-            yield count, frame
+            time = count
         elif frame.pts is not None:
-            yield frame.pts, frame
+            time = frame.pts
+        else:
+            continue
+        yield time, frame
 
 
 def _pixels(path: Path, frame: VideoFrame) -> NDArray[np.uint8]:

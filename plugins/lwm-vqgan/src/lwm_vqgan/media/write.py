@@ -6,7 +6,7 @@ Shapes: T frames of sides H, W.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ Frames = Iterable[NDArray[np.uint8]]
 FPS = 4.0
 """Frames a second of LWM's videos."""
 
-_ENCODERS = {"libx264": {"crf": "18"}, "libopenh264": {}, "mpeg4": {"qscale": "2"}}  # the first that PyAV has
+_ENCODERS = {"libx264": {"crf": "18"}, "libopenh264": {}, "mpeg4": {"qmin": "2", "qmax": "3"}}  # the first that PyAV has
 _BT601, _LIMITED = 6, 1  # FFmpeg's numbers of SMPTE 170M and of the range 16 to 235, so that players need not guess
 
 
@@ -81,7 +81,8 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
     except (OSError, av.error.FFmpegError) as error:
         raise DataError(f"{path}: cannot be written: {told(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _mp4(path: Path, frames: Frames, fps: float) -> int:

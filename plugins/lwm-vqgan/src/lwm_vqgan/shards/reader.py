@@ -169,7 +169,7 @@ def map_shard(
             for name, entry in header.items()
         }
         codes, times = found["codes"], found["times"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read: {error!r}; encode it again") from None
     expected = (shard.frames, manifest.tokens_per_frame)
     if codes.shape != expected or times.shape != expected[:1] or codes.dtype != code_dtype(manifest.settings.codes):
