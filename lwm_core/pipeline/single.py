@@ -44,13 +44,13 @@ def plug(
     base = Document(OVERRIDE, given, {path: Origin(EXTRA) for path, _ in walk(given) if path})
     document, problems = apply_overrides(base, overrides, no_plugin_tables)
     try:
-        options = model.model_validate(document.data)
+        validated = model.model_validate(document.data)
     except ValidationError as error:
         owner = f"{choice.candidate.name!r} ({choice.candidate.origin})"
         raise ConfigError([*problems, *problems_from(error, model, document.origins, owner=owner)]) from None
     if problems:
         raise ConfigError(problems)
-    return Plugged(kind, name, choice, options, ())
+    return Plugged(kind, name, choice, validated, ())
 
 
 def make(plugged: Plugged, *context: object, registry: Registry | None = None) -> object:

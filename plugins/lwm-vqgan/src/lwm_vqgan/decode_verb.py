@@ -61,7 +61,9 @@ def run_decode(args: argparse.Namespace) -> int:
             raise UsageError(f"--frame is {args.frame}; expected 0 to {len(found.codes) - 1}")
         found = found._replace(codes=found.codes[args.frame : args.frame + 1])
     if args.out.suffix.lower() == ".png" and len(found.codes) > 1:
-        raise UsageError(f"{args.out}: a png holds one frame of {len(found.codes)}; name it with --frame, or write a gif")
+        raise UsageError(
+            f"{args.out}: a png holds one frame of {len(found.codes)}; name it with --frame, or write a gif"
+        )
     fps = args.fps or found.fps or FPS
     encoder = _encoder(args, found)
     written = write_media(args.out, _decoded(encoder, found.codes, args.batch), fps)
@@ -100,12 +102,15 @@ def _codes_in(path: Path) -> NDArray[np.integer]:
     Raises:
         DataError: it holds something else.
     """
+    from typing import Any
+
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from lwm_core.errors import DataError
 
+    codes: NDArray[Any]
     try:
         if path.suffix == ".npy":
             codes = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -118,7 +123,9 @@ def _codes_in(path: Path) -> NDArray[np.integer]:
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or 0 in codes.shape:
-        raise DataError(f"{path}: holds {codes.dtype} {list(codes.shape)}; expected whole numbers [frames, codes a frame]")
+        raise DataError(
+            f"{path}: holds {codes.dtype} {list(codes.shape)}; expected whole numbers [frames, codes a frame]"
+        )
     return codes
 
 

@@ -19,8 +19,8 @@ def add_encode(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add ``lwm encode``."""
     parser = subparsers.add_parser(
         "encode", help="turn pictures and video into codes",
-        description="Encode a video, a picture, or a folder of them, into a folder of codes. Stopped or killed, the same "
-        "command goes on where it was.",
+        description="Encode a video, a picture, or a folder of them, into a folder of codes. Stopped or killed, the "
+        "same command goes on where it was.",
     )  # fmt: skip
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a video, a picture, or a folder of them")
     parser.add_argument("folder", metavar="OUT", type=Path, help="the folder of codes; new, or begun by this command")
@@ -124,7 +124,9 @@ def _tell(args: argparse.Namespace, writer: ShardWriter, progress: EncodeProgres
 
     manifest = writer.manifest
     tokens = manifest.frames * manifest.tokens_per_frame
-    broken = [{"name": video.name, "frames": video.frames, "broken": video.broken} for video in writer.videos if video.broken]
+    broken = [
+        {"name": video.name, "frames": video.frames, "broken": video.broken} for video in writer.videos if video.broken
+    ]
     if args.json:
         facts = {
             "folder": str(args.folder), "videos": manifest.videos, "frames": manifest.frames,
@@ -135,6 +137,8 @@ def _tell(args: argparse.Namespace, writer: ShardWriter, progress: EncodeProgres
         return
     rate = "" if progress.rate is None else f"; {progress.rate:.1f} frames/s"
     files = f"{manifest.videos} file{'' if manifest.videos == 1 else 's'}"
-    print(f"{args.folder}: {files}, {manifest.frames:,} frames, {tokens:,} codes in {len(manifest.shards)} shards{rate}")
+    print(
+        f"{args.folder}: {files}, {manifest.frames:,} frames, {tokens:,} codes in {len(manifest.shards)} shards{rate}"
+    )
     if broken:
-        print(f"broken: {', '.join(one['name'] for one in broken)}")
+        print(f"broken: {', '.join(str(one['name']) for one in broken)}")

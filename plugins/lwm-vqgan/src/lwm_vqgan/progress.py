@@ -1,4 +1,4 @@
-"""What people see while videos are encoded: a bar in a terminal, a line every few seconds elsewhere, nothing when quiet."""
+"""What people see while videos are encoded: a bar in a terminal, lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 

@@ -107,7 +107,12 @@ class Command:
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start, for tests that end it."""
         return subprocess.Popen(
-            self.arguments(*words), cwd=self.cwd, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self.arguments(*words),
+            cwd=self.cwd,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
 

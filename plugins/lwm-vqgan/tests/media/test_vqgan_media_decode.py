@@ -33,12 +33,16 @@ def painted(codes: Any) -> Any:
     for number, row in enumerate(np.asarray(codes, int)):
         for at, code in enumerate(row):
             top, left = 16 * (at // 4), 16 * (at % 4)
-            out[number, top : top + 16, left : left + 16] = [16 * (code >> 8) + 8, 16 * (code >> 4 & 15) + 8, 16 * (code & 15) + 8]
+            out[number, top : top + 16, left : left + 16] = [
+                16 * (code >> 8) + 8,
+                16 * (code >> 4 & 15) + 8,
+                16 * (code & 15) + 8,
+            ]
     return out
 
 
 def test_a_folder_back_to_video(clip: Path, here: Any, tmp_path: Path, capsys: Any) -> None:
-    """As many frames as were encoded, at the rate they were taken, near what the encoder paints; the encoder is known."""
+    """As many frames as were encoded, at the rate they were taken, near what the encoder paints; it is known."""
     expected = painted(open_shards(clip).codes(0))
     capsys.readouterr()
     assert here("decode", clip, "out.mp4", "--json") == 0
@@ -52,7 +56,9 @@ def test_a_folder_back_to_video(clip: Path, here: Any, tmp_path: Path, capsys: A
     with av.open(str(tmp_path / "out.gif")) as container:
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 5
-    assert np.abs(np.array(found).astype(int) - expected).max() <= 3  # FFmpeg chooses the palette in another colour space
+    assert (
+        np.abs(np.array(found).astype(int) - expected).max() <= 3
+    )  # FFmpeg chooses the palette in another colour space
     assert here("decode", clip, "out.png", "--frame", "17") == 0
     assert (np.asarray(Image.open(tmp_path / "out.png")) == expected[17]).all()
 

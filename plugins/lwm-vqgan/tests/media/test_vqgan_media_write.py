@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lwm_core.errors import DataError, LwmError, ShapeError, UsageError
-from lwm_vqgan.media import write_media
 from lwm_vqgan.media import write as writing
+from lwm_vqgan.media import write_media
 
 
 def psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

@@ -1,7 +1,7 @@
 """Pictures and video in and out: files found, frames sampled, turned upright, cropped, and written again.
 
-Frames are RGB uint8 arrays ``[H,W,3]``, one at a time, so memory does not grow with a video's length. Names are imported on
-first use, so that reading the plugin's specs costs nothing.
+Frames are RGB uint8 arrays ``[H,W,3]``, one at a time, so memory does not grow with a video's length. Names are imported
+on first use, so that reading the plugin's specs costs nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lwm_vqgan.media.files import Source, find_sources
     from lwm_vqgan.media.crop import preprocess
+    from lwm_vqgan.media.files import Source, find_sources
     from lwm_vqgan.media.read import Clip, Frame, open_clip
     from lwm_vqgan.media.sampling import Sampling
     from lwm_vqgan.media.write import write_media

@@ -2,8 +2,8 @@
 
 Shapes: H, W of a frame; T frames taken.
 
-A video is decoded in runs. A run begins at a keyframe that seeking reaches exactly, and covers as many of the frames that
-are taken as lie near each other. Which runs there are depends on the file and the sampling alone, so that reading that
+A video is decoded in runs. A run begins at a keyframe that seeking reaches exactly, and covers as many of the frames
+that are taken as lie near each other. Which runs there are depends on the file and the sampling alone, so that reading that
 starts in the middle decodes as reading from the beginning does, to the bit.
 """
 
@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,8 +100,8 @@ def open_clip(path: Path, sampling: Sampling | None = None) -> Clip:
 def runs(index: Scan, indices: NDArray[np.int64]) -> list[Run]:
     """The runs in which the frames ``indices`` are decoded: a pure function of its arguments.
 
-    A jump is made where it saves a second of decoding, and where a run has become long. Frames shown after a keyframe do
-    not depend on those before it.
+    A jump is made where it saves a second of decoding, and where a run has become long. Frames shown after a keyframe
+    do not depend on those before it.
     """
     wanted = index.times[indices]
     keys = np.searchsorted(index.jumps, wanted, side="right") - 1
@@ -126,6 +126,7 @@ def _taken(path: Path, index: Scan, indices: NDArray[np.int64], start: int) -> I
     """
     wanted = index.times[indices]
     origin = int(index.times[0])
+    turned = _Upright(path)
 
     def seconds(time: int) -> float:
         return float((time - origin) * index.time_base)
@@ -136,14 +137,16 @@ def _taken(path: Path, index: Scan, indices: NDArray[np.int64], start: int) -> I
                 continue
             at = run.start
             for time, frame in _decoded(path, container, stream, index, run.jump):
-                leading = run.jump is not None and time < run.jump  # shown before the keyframe, and based on what is not read
+                leading = (
+                    run.jump is not None and time < run.jump
+                )  # shown before the keyframe, and based on what is not read
                 if frame.is_corrupt and not leading:
                     raise DataError(f"{path}: is damaged at {seconds(time):.2f} s: a frame decodes only in part")
                 if time > wanted[at]:
                     break
                 while at < run.stop and wanted[at] == time:
                     if at >= start:
-                        yield Frame(seconds(time), _pixels(path, frame))
+                        yield Frame(seconds(time), turned.pixels(frame))
                     at += 1
                 if at == run.stop:
                     break
@@ -183,16 +186,35 @@ def _decoded(
         yield time, frame
 
 
-def _pixels(path: Path, frame: VideoFrame) -> NDArray[np.uint8]:
-    """``[H,W,3]`` RGB, upright; more than 8 bits are rounded, an alpha channel is dropped."""
-    pixels: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return pixels
-    try:
-        return upright(pixels, np.frombuffer(bytes(matrix), np.int32).reshape(3, 3))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+class _Upright:
+    """Frames of a video as upright pixels.
+
+    A frame that was asked for its side data holds itself in a circle and waits, with its pixels, for the garbage
+    collector. So the display matrix is read once, and again only when the frame's angle is another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._angle: int | None = None
+        self._matrix: NDArray[np.int32] | None = None
+
+    def pixels(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """``[H,W,3]`` RGB; more than 8 bits are rounded, an alpha channel is dropped.
+
+        Raises:
+            DataError: it is turned by an angle that is no multiple of 90°.
+        """
+        found: NDArray[np.uint8] = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+        if frame.rotation != self._angle:
+            data: Any = frame.side_data.get("DISPLAYMATRIX")
+            self._angle = frame.rotation
+            self._matrix = None if data is None else np.frombuffer(bytes(data), np.int32).reshape(3, 3)
+        if self._matrix is None:
+            return found
+        try:
+            return upright(found, self._matrix)
+        except DataError as error:
+            raise DataError(f"{self._path}: {error}") from None
 
 
 def _picture(path: Path) -> NDArray[np.uint8]:

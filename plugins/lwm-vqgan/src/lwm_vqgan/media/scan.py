@@ -1,5 +1,6 @@
-"""What a video holds: when each frame is shown, and where decoding can begin. Told by its packets, undecoded, where they agree
-with what the first of them decode to; else by decoding once.
+"""What a video holds: when each frame is shown, and where decoding can begin.
+
+Told by its packets, undecoded, where they agree with what the first of them decode to; else by decoding once.
 
 Shapes: N frames, K places where decoding can begin.
 """

@@ -1,4 +1,4 @@
-"""Frames into mp4, gif or png files: as many frames in the file as are given, written under another name until it is whole.
+"""Frames into mp4, gif or png files: as many frames in a file as are given, under another name until it is whole.
 
 Shapes: T frames of sides H, W.
 """
@@ -28,7 +28,11 @@ Frames = Iterable[NDArray[np.uint8]]
 FPS = 4.0
 """Frames a second of LWM's videos."""
 
-_ENCODERS = {"libx264": {"crf": "18"}, "libopenh264": {}, "mpeg4": {"qmin": "2", "qmax": "3"}}  # the first that PyAV has
+_ENCODERS = {
+    "libx264": {"crf": "18"},
+    "libopenh264": {},
+    "mpeg4": {"qmin": "2", "qmax": "3"},
+}  # the first that PyAV has
 _BT601, _LIMITED = 6, 1  # FFmpeg's numbers of SMPTE 170M and of the range 16 to 235, so that players need not guess
 
 
@@ -100,8 +104,8 @@ def _mp4(path: Path, frames: Frames, fps: float) -> int:
         stream = _stream(container, name, width, height, "yuv420p", fps, _ENCODERS[name])
         stream.codec_context.colorspace, stream.codec_context.color_range = _BT601, _LIMITED
 
-        def converted(frame: VideoFrame) -> list[VideoFrame]:
-            return [frame.reformat(format="yuv420p", dst_colorspace=_BT601, dst_color_range=_LIMITED)]
+        def converted(frame: VideoFrame) -> VideoFrame:
+            return frame.reformat(format="yuv420p", dst_colorspace=_BT601, dst_color_range=_LIMITED)
 
         return _muxed(container, stream, frames, converted)
 
@@ -126,12 +130,12 @@ def _gif(path: Path, frames: Frames, fps: float) -> int:
         split.link_to(palette, 0, 0)
         split.link_to(paint, 1, 0)
         palette.link_to(paint, 0, 1)
-        paint.link_to(sink := graph.add("buffersink"))
+        paint.link_to(graph.add("buffersink"))
         graph.configure()
 
-        def painted(frame: VideoFrame) -> list[VideoFrame]:
-            source.push(frame)
-            return [sink.pull()]
+        def painted(frame: VideoFrame) -> VideoFrame:
+            graph.vpush(frame)
+            return graph.vpull()
 
         return _muxed(container, stream, frames, painted)
 
@@ -157,7 +161,7 @@ def _stream(
 
 
 def _muxed(
-    container: OutputContainer, stream: VideoStream, frames: Frames, converted: Callable[[VideoFrame], list[VideoFrame]]
+    container: OutputContainer, stream: VideoStream, frames: Frames, converted: Callable[[VideoFrame], VideoFrame]
 ) -> int:
     import av
 
@@ -165,9 +169,9 @@ def _muxed(
     for pixels in frames:
         frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
         frame.pts, frame.time_base = count, stream.codec_context.time_base
-        for one in converted(frame):
-            one.pts, one.time_base = count, stream.codec_context.time_base
-            container.mux(stream.encode(one))
+        frame = converted(frame)
+        frame.pts, frame.time_base = count, stream.codec_context.time_base
+        container.mux(stream.encode(frame))
         count += 1
     container.mux(stream.encode(None))
     return count

@@ -1,5 +1,6 @@
-"""Codes of pictures and videos on disk: a folder of shards, written so that a kill at any moment loses seconds, and read at
-any (video, frame) without reading the rest.
+"""Codes of pictures and videos on disk: a folder of shards.
+
+Written so that a kill at any moment loses seconds, and read at any (video, frame) without reading the rest.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Shapes: B frames of sides S in a batch, L codes a frame.
 
-Batches are cut from all rows one after the other, whatever videos they are of, so that they are the same after a kill as
-without one, and pictures are encoded as many at a time as frames are.
+Batches are cut from all rows one after the other, whatever videos they are of, so that they are the same after a kill
+as without one, and pictures are encoded as many at a time as frames are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lwm_vqgan.media.files import Source
 from lwm_vqgan.media.read import open_clip
 from lwm_vqgan.media.sampling import Sampling
 from lwm_vqgan.progress import EncodeProgress
-from lwm_vqgan.shards.layout import Settings
+from lwm_vqgan.shards.layout import Current, Settings, Video
 from lwm_vqgan.shards.writer import ShardWriter
 
 _COMMIT_SECONDS = 10.0
@@ -109,7 +109,7 @@ def encode_sources(job: EncodeJob, progress: EncodeProgress, check_stop: Callabl
 def _check_sources(job: EncodeJob, writer: ShardWriter) -> None:
     """Hold the sources that have been begun against those that are given."""
     current = [] if writer.current is None else [writer.current]
-    begun = [*writer.videos, *current]
+    begun: list[Video | Current] = [*writer.videos, *current]
     for number, one in enumerate(begun):
         now = job.sources[number] if number < len(job.sources) else None
         if now is None or (now.name, now.size) != (one.name, one.size):

@@ -42,7 +42,7 @@ class Settings:
         codes: entries of its codebook.
         frame_size: sides of its frames in pixels.
         frames, fps: the sampling.
-        batch: frames that are encoded together, for on some devices a code may depend on its neighbours in the last bit.
+        batch: frames that are encoded together, for on some devices a code may depend on its neighbours.
         shard_frames: rows of a whole shard, a multiple of ``batch``.
     """
 
@@ -151,7 +151,9 @@ def read_manifest(folder: Path) -> Manifest:
             **values,
         )
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder}: is no folder of codes: there is no {MANIFEST} in it; lwm encode writes one") from None
+        raise DataError(
+            f"{folder}: is no folder of codes: there is no {MANIFEST} in it; lwm encode writes one"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read: {error!r}") from None
 

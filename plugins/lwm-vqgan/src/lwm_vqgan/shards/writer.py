@@ -40,8 +40,8 @@ _PART = re.compile(r"\d+-\d+\.safetensors|.*\.partial")
 class ShardWriter:
     """A folder of codes that is being filled.
 
-    Calls come in the order of the sources: ``begin``, ``add`` with rows, ``count`` of those that are the source's, ``end``.
-    Rows may be added before the source that they belong to has begun; all are counted before a commit.
+    Calls come in the order of the sources: ``begin``, ``add`` with rows, ``count`` of those that are the source's,
+    ``end``. Rows may be added before the source that they belong to has begun; all are counted before a commit.
 
     Args:
         folder: empty, or filled in part under the same settings; it exists.
