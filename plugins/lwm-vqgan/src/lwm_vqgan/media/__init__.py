@@ -1,7 +1,7 @@
 """Pictures and video in and out: files found, frames sampled, turned upright, cropped, and written again.
 
-Frames are RGB uint8 arrays ``[H,W,3]``, one at a time, so memory does not grow with a video's length. Names are imported
-on first use, so that reading the plugin's specs costs nothing.
+Frames are RGB uint8 arrays ``[H,W,3]``, one at a time, so memory does not grow with a video's length. Names are
+imported on first use, so that reading the plugin's specs costs nothing.
 """
 
 from __future__ import annotations

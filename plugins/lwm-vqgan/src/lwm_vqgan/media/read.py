@@ -3,8 +3,8 @@
 Shapes: H, W of a frame; T frames taken.
 
 A video is decoded in runs. A run begins at a keyframe that seeking reaches exactly, and covers as many of the frames
-that are taken as lie near each other. Which runs there are depends on the file and the sampling alone, so that reading that
-starts in the middle decodes as reading from the beginning does, to the bit.
+that are taken as lie near each other. Which runs there are depends on the file and the sampling alone, so that reading
+that starts in the middle decodes as reading from the beginning does, to the bit.
 """
 
 from __future__ import annotations
