@@ -24,7 +24,8 @@ PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT
 QUICKSTART = ("plugins/lwm-jax-ring", "plugins/lwm-context", "plugins/lwm-data", "plugins/lwm-evals", "plugins/lwm-hf",
               "contrib/lwm-tiny-base")  # fmt: skip
 TPU_COMPILER = "libtpu"  # compiles for real TPUs on any machine; it needs none
-TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", "transformers", TPU_COMPILER)
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", "transformers", "diffusers",
+              TPU_COMPILER)  # fmt: skip
 SIDE_BY_SIDE = ("-n", "auto", "--dist", "loadscope")  # a kit's class stays in one process, with what it has compiled
 ON_CPU = {
     "JAX_PLATFORMS": "cpu",  # else every process that imports JAX would load the TPU's compiler

@@ -23,6 +23,7 @@ STANDIN = Path(__file__).parent / "standin"
 STANDIN_POINTS = {
     "lwm.trainer.v1": {"standin": "lwm_standin._lwm:trainer", "framed": "lwm_standin._lwm:framed"},
     "lwm.attention.v1": {"standin": "lwm_standin._lwm:attention", "foreign": "lwm_standin._lwm:foreign"},
+    "lwm.encoder.v1": {"patches": "lwm_standin._lwm:encoder", "torch-patches": "lwm_standin._lwm:torch_encoder"},
     "lwm.eval.v1": {"tally": "lwm_standin._lwm:evals"},
     "lwm.hooks.v1": {"scribe": "lwm_standin._lwm:hooks"},
     "lwm.context.v1": {"doubling": "lwm_standin._lwm:schedule"},

@@ -104,7 +104,7 @@ def config_schema() -> dict[str, Any]:
         "description": "files, relative to this one, or recipes, that this one is laid on",
     }
     registry = Registry.from_environment()
-    for key in ("tokenizer", "trainer", "attention", "context", "data", "evals"):
+    for key in ("tokenizer", "trainer", "attention", "encoder", "context", "data", "evals"):
         kind = key.removesuffix("s")
         table = options_schema(registry, kind)
         definitions.update(table.pop("$defs", {}))

@@ -138,6 +138,7 @@ class RunConfig(Table):
     tokenizer: PluginTable = Field(default_factory=lambda: PluginTable(name="bytes"))
     trainer: PluginTable = Field(default_factory=lambda: PluginTable(name="auto"))
     attention: PluginTable = Field(default_factory=lambda: PluginTable(name="auto"))
+    encoder: PluginTable | None = Field(None, description="frames to codes and back, for runs with vision")
     context: PluginTable | None = Field(None, description="a schedule plugin; or write [[stages]]")
     stages: list[StageTable] = Field(default_factory=list, description="a literal schedule; or name a context plugin")
     data: PluginTable = Field(description="the feed")

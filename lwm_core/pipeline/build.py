@@ -19,6 +19,7 @@ from lwm_core.protocols import (
     ContextSchedule,
     DataContext,
     DataSource,
+    EncoderContext,
     EvalSuite,
     OptimizerSpec,
     Stage,
@@ -27,6 +28,7 @@ from lwm_core.protocols import (
     TokenizerContext,
     Trainer,
     TrainerContext,
+    VisionEncoder,
 )
 from lwm_core.registry import Registry
 from lwm_core.registry.select import Select
@@ -87,6 +89,29 @@ class Pipeline:
         """The data source."""
         context = DataContext(self.tokenizer, self.model.vocabulary, self.loaded.config.seed, self.base_dir)
         return cast(DataSource, self._call(self.selection.data, context))
+
+    def make_encoder(self) -> VisionEncoder | None:
+        """The vision encoder, in the trainer's framework where it knows that; none where none is named.
+
+        Raises:
+            ConfigError: the model has no ids for its codes.
+        """
+        plugged = self.selection.encoder
+        if plugged is None:
+            return None
+        context = EncoderContext(self.selection.trainer.choice.spec.framework, self.base_dir)
+        encoder = cast(VisionEncoder, self._call(plugged, context))
+        vocabulary = self.model.vocabulary
+        has = vocabulary.vision_codes if vocabulary.vision_size else 0
+        if encoder.codes > has:
+            problems = Problems(self.loaded)
+            problems.add(
+                plugged.path,
+                f"encoder {plugged.name!r} has {encoder.codes} codes, but the model has ids for {has}; "
+                "set model.vision_size to what the codes and two delimiters need (LWM: 8448)",
+            )
+            problems.raise_if_any()
+        return encoder
 
     def make_suites(self) -> dict[str, EvalSuite]:
         """The evaluation suites by the name of their files; a plugin that is named twice is numbered."""

@@ -65,6 +65,7 @@ class Selection:
     tokenizer: Plugged
     trainer: Plugged
     attention: Plugged
+    encoder: Plugged | None
     context: Plugged | None
     data: Plugged
     evals: tuple[Plugged, ...]
@@ -74,8 +75,8 @@ class Selection:
     @property
     def plugged(self) -> tuple[Plugged, ...]:
         """All of them."""
-        context = () if self.context is None else (self.context,)
-        return (self.tokenizer, self.trainer, self.attention, *context, self.data, *self.evals)
+        asked = tuple(one for one in (self.encoder, self.context) if one is not None)
+        return (self.tokenizer, self.trainer, self.attention, *asked, self.data, *self.evals)
 
 
 class Problems:
@@ -136,13 +137,18 @@ def check_options(
     if trainer is not None:
         wanted["framework"] = trainer.choice.spec.framework
     attention = check.plug("attention", config.attention, ("attention",), wanted)
+    encoder = None
+    if config.encoder is not None:
+        # NumPy is all that passes between them, so a named one may be of another framework; 'auto' brings no second.
+        follow = wanted.get("framework") if config.encoder.name == AUTO else None
+        encoder = check.plug("encoder", config.encoder, ("encoder",), {"framework": follow} if follow else None)
     context = None if config.context is None else check.plug("context", config.context, ("context",))
     data = check.plug("data", config.data, ("data",))
     evals = [check.plug("eval", table, ("evals", index)) for index, table in enumerate(config.evals)]
     problems.raise_if_any()
     return Selection(
-        cast(Plugged, tokenizer), cast(Plugged, trainer), cast(Plugged, attention), context, cast(Plugged, data),
-        tuple(cast("list[Plugged]", evals)), weights, weights_plugin,
+        cast(Plugged, tokenizer), cast(Plugged, trainer), cast(Plugged, attention), encoder, context,
+        cast(Plugged, data), tuple(cast("list[Plugged]", evals)), weights, weights_plugin,
     )  # fmt: skip
 
 

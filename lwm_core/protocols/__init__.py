@@ -16,7 +16,7 @@ from lwm_core.protocols.attention import (
     AttentionHarness,
 )
 from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
-from lwm_core.protocols.encoder import VisionEncoder
+from lwm_core.protocols.encoder import EncoderContext, VisionEncoder
 from lwm_core.protocols.evaluation import EvalContext, EvalSuite
 from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer, Session
 from lwm_core.protocols.processes import ALONE, Processes, SoleProcess
@@ -36,6 +36,7 @@ __all__ = [
     "WeightsBundle",
     "TokenizerContext",
     "VisionEncoder",
+    "EncoderContext",
     "Stage",
     "ContextSchedule",
     "StartModel",

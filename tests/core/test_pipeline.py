@@ -13,6 +13,7 @@ from lwm_core.config import load_config
 from lwm_core.errors import ConfigError, LwmError, PluginError
 from lwm_core.model import ModelConfig, canonical_shapes, preset
 from lwm_core.pipeline import Pipeline, build, check_options
+from lwm_core.protocols import EncoderContext, VisionEncoder
 from lwm_core.registry import Registry
 from lwm_core.rope import RopeSpec
 from lwm_core.vocab import Vocabulary
@@ -114,6 +115,35 @@ def test_a_trainer_chosen_by_auto_fits_the_attention_that_is_named(made: Callabl
     chosen = made("trainer.name=auto", "attention.name=foreign").selection.trainer
     assert chosen.name == "standin"
     assert any(name == "framed" and "is for jax" in reason for name, reason in chosen.choice.rejected)
+
+
+def test_an_encoder_is_made_in_the_trainers_framework(made: Callable[..., Pipeline]) -> None:
+    pipeline = made("trainer.name=framed", "encoder={name='patches', codes=16}", "model.vision_size=8448")
+    encoder: Any = pipeline.make_encoder()
+    assert isinstance(encoder, VisionEncoder) and encoder.codes == 16
+    assert encoder.context == EncoderContext("jax", Path("."))
+    assert encoder.encode(np.full((2, 8, 8, 3), 255, np.uint8)).tolist() == [[15], [15]]
+    assert "patches" in [one.name for one in pipeline.selection.plugged]
+    assert made().make_encoder() is None
+
+
+def test_an_encoder_chosen_by_auto_brings_no_second_framework(made: Callable[..., Pipeline]) -> None:
+    def chosen(trainer: str, name: str) -> str:
+        selection = made(f"trainer.name={trainer}", f"encoder.name={name}").selection
+        assert selection.encoder is not None
+        return selection.encoder.name
+
+    assert chosen("framed", "auto") == "patches"  # the other is of more priority, and for torch
+    assert chosen("standin", "auto") == "torch-patches"
+    assert chosen("framed", "torch-patches") == "torch-patches"
+
+
+def test_an_encoder_needs_ids_for_its_codes(small: Write, made: Callable[..., Pipeline]) -> None:
+    pipeline = made("encoder.name=patches")
+    with pytest.raises(ConfigError, match="encoder 'patches' has 256 codes, but the model has ids for 0; set "):
+        pipeline.make_encoder()
+    [line] = problems(small(), "encoder={name='patches', code=3}")
+    assert "encoder.code: unknown option of 'patches' (lwm-standin 0.1.0); did you mean codes?" in line
 
 
 @pytest.mark.parametrize(

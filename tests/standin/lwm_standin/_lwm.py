@@ -35,6 +35,22 @@ framed = PluginSpec(
     framework="jax",
 )
 
+encoder = PluginSpec(
+    name="patches",
+    summary="A code a frame: its mean brightness",
+    factory="lwm_standin.patches:Patches",
+    options="lwm_standin.options:PatchesOptions",
+)
+
+torch_encoder = PluginSpec(
+    name="torch-patches",
+    summary="The same under another framework's flag",
+    factory="lwm_standin.patches:Patches",
+    options="lwm_standin.options:PatchesOptions",
+    framework="torch",
+    priority=5,
+)
+
 evals = PluginSpec(
     name="tally",
     summary="Scores a fixed text, sample by sample, and continues what was interrupted",

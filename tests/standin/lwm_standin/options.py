@@ -30,6 +30,12 @@ class AttentionOptions(_Options):
     layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
 
 
+class PatchesOptions(_Options):
+    """How fine the brightness is."""
+
+    codes: int = Field(256, gt=0, le=256)
+
+
 class TallyOptions(_Options):
     """How much is scored."""
 

@@ -1,0 +1,1 @@
+"""Training a VQGAN on a folder of pictures, in Torch."""
