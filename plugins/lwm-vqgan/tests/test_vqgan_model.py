@@ -148,7 +148,10 @@ def compare_with_diffusers(config: VqganConfig, frames: int, folder: Any, flax_t
     with torch.inference_mode():
         latents = theirs.encode(torch.from_numpy(x).permute(0, 3, 1, 2)).latents
         _, _, (_, _, indices) = theirs.quantize(latents)
-        made = theirs.decode(latents).sample.permute(0, 2, 3, 1).clamp(-1, 1).numpy()
+        # From the codes: from latents it adds z and subtracts it again, which rounds where z is large.
+        shape = (frames, config.grid, config.grid, config.code_dim)
+        made = theirs.decode(indices, force_not_quantize=True, shape=shape).sample
+        made = made.permute(0, 2, 3, 1).clamp(-1, 1).numpy()
     theirs.save_pretrained(folder)
     weights = read_diffusers(folder)
     assert weights.config == config
@@ -157,7 +160,7 @@ def compare_with_diffusers(config: VqganConfig, frames: int, folder: Any, flax_t
     assert np.mean(own_codes == codes) >= 0.999 and len(np.unique(codes)) > 10
     same = (own_codes == codes).all(axis=(1, 2))  # a frame with another code has other pixels
     assert same.any()
-    assert_close(own_made[same], made[same], 1e-5, "pixels")
+    assert_close(own_made[same], made[same], 1e-4, "pixels")  # ours run channels last, and sum in another order
     if flax_too:
         _, own_codes, own_made = in_flax(weights, x, codes)
         assert np.mean(own_codes == codes) >= 0.999
