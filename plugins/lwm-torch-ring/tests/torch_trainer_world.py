@@ -148,7 +148,8 @@ def export(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     def write(asked: Model) -> None:
         write_model_folder(folder, config, ROPE, 72, asked.iter_parameters(), dtype)
 
-    lead(trainer, write)  # the first time loads code and opens connections
+    if "model" in case:
+        lead(trainer, write)  # the first time loads code and opens connections
     grown = peak_growth(lambda: lead(trainer, write))
     trainer.processes.share(None)  # until all is written
     written = read_model_folder(folder).parameters

@@ -49,7 +49,7 @@ def iter_canonical(parameters: Mapping[Path, Any], config: ModelConfig) -> Itera
         del array  # before the next is made
 
 
-_BLOCK = 4 * 2**20  # bytes that every device brings together at a time
+_BLOCK = 2**20  # bytes that every device brings together at a time
 
 
 def _fetched(leaf: Any, layer: int | None) -> np.ndarray:
