@@ -138,6 +138,7 @@ class LeadModel:
             self.order(word, number, *facts)
             while (item := self.order("next", number)) is not _OVER:
                 yield item
+                del item  # a whole parameter: not to be held while the next is gathered
         finally:
             self.leave(number)
 
