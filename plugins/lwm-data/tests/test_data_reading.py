@@ -106,7 +106,7 @@ def broken_parquet(tmp_path):
         ("blank.txt", b" \n\n ", "hold no text"),
         ("cut.txt.xz", lzma.compress(b"x" * 1000)[:-20], "damaged or not a .xz file"),
         ("bad.txt.xz", b"not xz", "damaged or not a .xz file"),
-        ("cut.txt.gz", gzip.compress(b"x" * 1000)[:-9], "damaged or not a .gz file"),
+        ("cut.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "damaged or not a .gz file"),
         ("bad.txt.gz", b"not gz", "damaged or not a .gz file"),
         ("latin.txt", b"abc \xe9", "not UTF-8 text at byte 4"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl:2: is not JSON"),

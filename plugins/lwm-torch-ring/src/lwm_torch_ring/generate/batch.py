@@ -252,6 +252,8 @@ class Draw:
 
     def tokens(self, logits: Tensor, first: int) -> Tensor:
         """``[B]`` ids for ``logits [B,V]``, whose first row is row ``first`` of the call."""
+        if self._sampling.temperature == 0.0:
+            return sample(logits[:, self._ids], logits[:, 0], self._sampling) + self._ids.start
         uniform = torch.rand(self._prompts, generator=self._random)
         rows = torch.arange(first, first + len(logits)).clamp(max=self._prompts - 1)
         return sample(logits[:, self._ids], uniform[rows].to(logits.device), self._sampling) + self._ids.start

@@ -48,6 +48,7 @@ class Decoding:
 
     def __init__(self, network: Llama, how: Compute, lent: bool) -> None:
         self._config, self._dtype, self._tp, self._lent = network.config, how.dtype, how.tp.whole, lent
+        self._wide = how.dtype == torch.float32  # then nothing needs a cast, not even one that does nothing
         self._layers = [self._of(block) for block in network.blocks]
         self._norm = self._vector(network.model.norm)
         self._table = self._kept(entire(network.model.embed_tokens.weight))
@@ -91,13 +92,16 @@ class Decoding:
         cos, sin = torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
         for number, w in enumerate(self._layers):
             qkv = functional.linear(self._normed(x, w.before), w.qkv, w.qkv_bias).unflatten(-1, (-1, dim))
-            both = qkv[:, :-kv].float()
-            turned = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin).to(self._dtype)
-            out = attend(turned[:, None, :-kv], turned[:, None, -kv:], qkv[:, None, -kv:], number)
+            both = qkv[:, :-kv] if self._wide else qkv[:, :-kv].float()
+            turned = torch.addcmul(both * cos, both.roll(dim // 2, -1), sin)
+            turned = (turned if self._wide else turned.to(self._dtype))[:, None]
+            out = attend(turned[:, :, :-kv], turned[:, :, -kv:], qkv[:, None, -kv:], number)
             x = x + self._tp.summed(functional.linear(out.flatten(1), w.mix))
             gate, up = functional.linear(self._normed(x, w.after), w.gate_up).chunk(2, dim=-1)
             x = x + self._tp.summed(functional.linear(functional.silu(gate) * up, w.down))
         return functional.linear(self._normed(x, self._norm), self._head).float()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._wide:
+            return functional.rms_norm(x, weight.shape, weight, self._config.rms_norm_eps)
         return functional.rms_norm(x.float(), weight.shape, weight, self._config.rms_norm_eps).to(self._dtype)
