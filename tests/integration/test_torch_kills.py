@@ -127,7 +127,7 @@ def test_a_run_goes_from_world_to_world_with_the_same_data(ranks: Any, tmp_path:
         processes = ranks.start(world, "resume", "moved", **ranks.noted(f"noted-{number}"))
         manifest = run / "checkpoints" / f"step_{saved}" / "manifest.json"
         wait_until(processes, lambda: manifest.exists() and lines(run) >= saved)  # noqa: B023
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(chance.uniform(0, 0.01))
         for process in processes:
             assert process.poll() is None
             process.kill()
