@@ -32,6 +32,7 @@ class Mosaic:
     def __init__(self, options: MosaicOptions) -> None:
         self.frame_size = options.frame_size
         self.checksum = hashlib.sha256(options.weights.encode()).hexdigest()
+        self.codes_per_frame = 16
         self._seconds = options.frame_seconds
 
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.int32]:
