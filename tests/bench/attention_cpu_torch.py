@@ -10,7 +10,6 @@ Shapes: B batch, S sequence, H heads, D head dim; float32.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_result import BUSY, add_output, hardware, load, output_target, spread
-from bench_torch_page import command, markdown_table, write_figures
+from bench_report import run as run_report
+from bench_result import add_output, hardware, load, spread
 from bench_torch_ranks import Ranks
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from lwm_core.errors import LwmError, UsageError
 
@@ -231,48 +228,15 @@ def footnote(result: dict[str, Any]) -> str:
     )
 
 
-def show(result: dict[str, Any], console: Console) -> None:
-    """The table for people, and under it what it takes to read it."""
-    head, rows = table(result)
-    shown = Table(title=result["benchmark"], box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column in head:
-        shown.add_column(column, justify="left" if column == head[0] else "right")
-    for row in rows:
-        bold = "bold" if row[0].startswith("**") else ""
-        shown.add_row(*(cell.strip("*") for cell in row), style=bold)
-    console.print(shown)
-    console.print(footnote(result), highlight=False)
-    if (result["hardware"]["load_before"] or 0) > BUSY:
-        console.print("[yellow]The machine was busy when this began: measure again on a quiet one.[/yellow]")
-    if result["smoke"]:
-        console.print("[yellow]--smoke: this shows that the benchmark runs; its figures mean nothing.[/yellow]")
-
-
-def page(result: dict[str, Any]) -> str:
-    """The same for the benchmark's page."""
-    head, rows = table(result)
-    return f"{markdown_table(head, rows)}\n\n{footnote(result)}\n\n`{result['command']}`"
-
-
 def main(arguments: list[str]) -> int:
     """Measure, show, and write where it was asked for; the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- attention-cpu-torch", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, help=f"rounds after the warm-up (default {Case().rounds})")
     add_output(parser, RESULT)
-    given, console = parser.parse_args(arguments), Console()
-    try:
-        target = output_target(given, RESULT)
-        result = {**measure(choose_case(given), console), "command": command(Path(__file__), arguments)}
-        show(result, console)
-        if target is not None:
-            target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            console.print(f"Written to {target}", highlight=False)
-        if given.write:
-            write_figures(RESULT.with_suffix(".md"), page(result))
-    except LwmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
+    given = parser.parse_args(arguments)
+    return run_report(
+        Path(__file__), arguments, given, RESULT, lambda console: measure(choose_case(given), console), table, footnote
+    )
 
 
 if __name__ == "__main__":
