@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lwm_core.cli.overrides import add_overrides
+
 if TYPE_CHECKING:
     from lwm_core.protocols import VisionEncoder
     from lwm_vqgan.progress import EncodeProgress
@@ -43,10 +45,7 @@ def add_encoder_options(parser: argparse.ArgumentParser, default: str | None = D
     """``--encoder NAME`` and ``-s KEY=VALUE``."""
     told = default or f"the one that wrote the codes, else {DEFAULT_ENCODER}"
     parser.add_argument("--encoder", metavar="NAME", default=default, help=f"encoder plugin ({told})")
-    parser.add_argument(
-        "-s", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
-        help="an option of the encoder; repeatable",
-    )  # fmt: skip
+    add_overrides(parser, "an option of the encoder")
 
 
 def make_encoder(
