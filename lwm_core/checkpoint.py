@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lwm_core.durable import sync_folder
 from lwm_core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -82,12 +83,12 @@ def commit(folder: Path, state: RunState) -> None:
     _write_synced(folder / STATE, json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
     files = {name: _digest(folder / name, sync=True) for name in _file_names(folder)}
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync_folder(inner)
+        sync_folder(inner)
     partial = folder / f"{MANIFEST}.partial"
     _write_synced(partial, json.dumps({"format": FORMAT, "step": state.step, "files": files}, indent=1) + "\n")
     partial.replace(folder / MANIFEST)
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder)
+    sync_folder(folder.parent)
 
 
 def verify(folder: Path) -> str | None:
@@ -222,13 +223,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; NTFS journals renames
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

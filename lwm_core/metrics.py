@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lwm_core.durable import write_whole
 from lwm_core.model import ModelConfig, training_flops_per_token
 
 FILE = "metrics.jsonl"
@@ -63,12 +64,7 @@ def cut_after(path: Path, step: int) -> int:
     Resuming writes those steps again. A crash in between leaves the old file or the new one, never a part.
     """
     kept = [line for line, row in _lines(path) if row["step"] <= step]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(b"".join(kept))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, b"".join(kept))
     return len(kept)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import IO, Any
 from lwm_core.config.document import Document, Origin, walk
 from lwm_core.config.envelope import RunConfig
 from lwm_core.config.load import LoadedConfig
+from lwm_core.durable import write_whole
 from lwm_core.errors import UsageError
 from lwm_core.protocols import Stage
 from lwm_core.rope import RopeScaling, RopeSpec
@@ -72,12 +72,7 @@ class RunFolder:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Replace ``run.json`` at once."""
-        partial = self.path / f"{RUN_FILE}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / RUN_FILE)
+        write_whole(self.path / RUN_FILE, (json.dumps(values, indent=2, default=str) + "\n").encode())
 
     def update(self, **values: Any) -> None:
         """Change single values of ``run.json``."""

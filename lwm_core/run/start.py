@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lwm_core import metrics
-from lwm_core.checkpoint import Found, RunState, disk_full, latest_good, read_state
+from lwm_core.checkpoint import Found, RunState, disk_full, latest_good, prune, read_state
 from lwm_core.config.load import LoadedConfig
 from lwm_core.errors import CheckpointError, EndedElsewhereError, LwmError
 from lwm_core.launched import launched_world
@@ -158,6 +158,8 @@ def _standing(
     else:
         progress.note(f"{path} has no checkpoint yet; starting it over")
     _check_same(parts.pipeline, described, path)
+    if not found.refused:  # what the kill of a save has left over; beside a bad one every older one may be needed
+        prune(folder.checkpoints, parts.pipeline.loaded.config.run.keep_checkpoints)
     lines = metrics.cut_after(folder.metrics, state.step if state else 0)
     if state is not None and lines < state.step:
         lost = state.step - lines

@@ -207,6 +207,23 @@ def test_a_run_that_broke_off_ends_as_an_undisturbed_one(
         assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_what_a_kill_between_a_save_and_its_clearing_up_left_over_is_cleared_up(
+    tmp_path: Path, small: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = small(), tmp_path / "r"
+
+    def gone(checkpoints: Path, keep: int) -> None:
+        if len(step_folders(checkpoints)) > keep + 1:
+            raise SystemError("gone")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError, match="gone"):
+        patch.setattr(checkpoint, "prune", gone)
+        run(load_config(path), out)
+    assert [one.name for one in step_folders(out / "checkpoints")] == [f"step_{n}" for n in (15, 12, 10, 8, 4)]
+    resume(out)
+    assert [one.name for one in step_folders(out / "checkpoints")] == ["step_15", "step_12", "step_10"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "edited"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     tmp_path: Path, small: Write, exact_rows: Rows, monkeypatch: pytest.MonkeyPatch, damage: str

@@ -181,7 +181,7 @@ MetricsLog.write = full
     "the model": (
         f"""
 import lwm_core.run.evaluating as evaluating
-def full(folder, model, rope, seq_len, parameters, dtype):
+def full(folder, model, rope, seq_len, parameters, dtype, **rest):
     next(iter(parameters))
     {FULL}
 evaluating.write_model_folder = full

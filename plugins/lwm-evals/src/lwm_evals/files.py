@@ -8,23 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lwm_core.durable import write_whole
+
 Row = dict[str, Any]
 Key = tuple[str, int, int]
 """(stage, length, sample)."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds either the old or the new content, whenever the process ends."""
+    """See ``lwm_core.durable.write_whole``; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 class Journal:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from lwm_core.errors import LwmError, UnsupportedError
 
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the same
+
 
 class PeerLost(LwmError):
     """A transfer did not come about, most often since another rank has died."""
@@ -110,9 +113,8 @@ class Peers:
         if self.size == 1:
             out[0].copy_(x)
             return out, Pending(())
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name up to torch 2.12
         with told(self._anyone):
-            work = gather(out.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
+            work = all_gather_flat(out.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
         return out, Pending([(work, self._anyone)])
 
     def scatter_sum(self, x: Tensor) -> Tensor:
@@ -120,9 +122,8 @@ class Peers:
         if self.size == 1:
             return x[0]
         out = torch.empty_like(x[0])
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the same
         with told(self._anyone):
-            scatter(out.view(-1), x.view(-1), group=self.group)
+            reduce_scatter_flat(out.view(-1), x.view(-1), group=self.group)
         return out
 
     def exchange(self, x: Tensor) -> Tensor:

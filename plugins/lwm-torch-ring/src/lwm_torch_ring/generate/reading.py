@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from lwm_torch_ring.attention.accumulate import State, merge, start
+from lwm_torch_ring.attention.kernels.aten import CpuFlash
 from lwm_torch_ring.attention.kernels.contract import Kernel
 from lwm_torch_ring.attention.peers import Parcel, Peers
 from lwm_torch_ring.attention.tiles import Tile
 from lwm_torch_ring.generate.cache import LayerCache
+
+CPU_FLASH = CpuFlash()
 
 
 def over_cache(q: Tensor, layer: LayerCache, cached: Sequence[Sequence[int]], peers: Peers, kernel: Kernel) -> State:
@@ -116,12 +119,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tenso
     """out ``[B,H,D]`` and lse ``[B,H]``, float32; 0 and −inf for a row that sees nothing."""
     rows, _, heads, dim = q.shape
     grouped = q.reshape(rows, k.shape[2], heads // k.shape[2], dim)
-    if seen is None and q.device.type == "cpu" and q.dtype == torch.float32:
+    if seen is None and q.dtype == torch.float32 and not CPU_FLASH.objection(q.device, q.dtype, dim):
         # The heads of a group as queries of one head: each key is read once, and no score is kept.
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            grouped, k.transpose(1, 2), v.transpose(1, 2), 0.0, False
-        )
-        return found[0].reshape(rows, heads, dim), found[1].reshape(rows, heads)
+        out, lse = CPU_FLASH.forward(grouped.transpose(1, 2), k, v, dim**-0.5, False, None)
+        return out.transpose(1, 2).reshape(rows, heads, dim), lse.transpose(1, 2).reshape(rows, heads)
     scores = torch.einsum("bkgd,bskd->bkgs", grouped, k).float() * dim**-0.5
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)

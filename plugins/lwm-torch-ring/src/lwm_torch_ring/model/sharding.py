@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from lwm_core.errors import LwmError, ShapeError
 from lwm_core.mesh import MESH_AXES
 from lwm_core.model import ModelConfig
+from lwm_torch_ring.attention.peers import all_gather_flat
 from lwm_torch_ring.model.llama import Linear, Llama, RMSNorm, Table, initial, part_of
 from lwm_torch_ring.model.tensor_parallel import TensorParallel
 
@@ -226,7 +227,7 @@ def _gather(into: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None
     if group is None:
         into.copy_(part.view_as(into))
     else:
-        dist.all_gather_into_tensor(into.view(-1), part.view(-1), group=group)
+        all_gather_flat(into.view(-1), part.view(-1), group=group)
 
 
 GATHERED_SHARE = 1 / 4

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from lwm_core.durable import write_whole
 from lwm_core.errors import DataError, UsageError
 from lwm_vqgan.media.files import Source
-from lwm_vqgan.shards.disk import append, write_whole
+from lwm_vqgan.shards.disk import append
 from lwm_vqgan.shards.layout import (
     MANIFEST,
     VIDEOS,
