@@ -1,4 +1,4 @@
-"""``quickstart``, ``quickstart_torch``, ``tests``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``.
+"""``quickstart``, ``quickstart_torch``, ``tests``, ``long``, ``kits``, ``aot``, ``lint``, ``wheels``, ``bench``.
 
 ``constraints.txt`` pins what they install.
 """
@@ -28,6 +28,7 @@ TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", 
               TPU_COMPILER)  # fmt: skip
 SIDE_BY_SIDE = ("-n", "auto", "--dist", "loadscope")  # a kit's class stays in one process, with what it has compiled
 ON_CPU = {
+    "OMP_NUM_THREADS": "1",  # as many test processes as cores: Torch's threads would spin in each other's way
     "JAX_PLATFORMS": "cpu",  # else every process that imports JAX would load the TPU's compiler
     "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=200",  # a host that stands for 8 devices is slow
 }
@@ -85,6 +86,13 @@ def tests(session: nox.Session) -> None:
     """The tests of the repository in one pytest; arguments after ``--`` go to pytest (``-n 0``: in one process)."""
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
     session.run("pytest", *SIDE_BY_SIDE, *session.posargs, env=ON_CPU)
+
+
+@nox.session
+def long(session: nox.Session) -> None:
+    """The tests that take minutes each, one at a time, for they measure memory; about an hour."""
+    session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
+    session.run("pytest", "-m", "long", *session.posargs, env=ON_CPU)
 
 
 @nox.session

@@ -30,6 +30,18 @@ def test_a_long_text_takes_the_memory_of_a_layer(side: str, task: str) -> None:
     assert found["most"] - found["before"] < 600e6, found
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("task", "most"), [("prefill", 4e9), ("score", 2e9)])
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_a_very_long_text_too(side: str, task: str, most: float) -> None:
+    """128K tokens, of which a square would take 275 GB; the whole process, Python and framework included."""
+    from reading import run
+
+    pytest.importorskip(f"lwm_{side}_ring")
+    found = run(side, task, 131_072)
+    assert found["most"] < most, found
+
+
 @pytest.mark.parametrize("options", [["--smoke", "--write"], ["--lengths", "many"], ["--lengths", "1"]])
 def test_wrong_options_are_refused_before_anything_runs(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from reading import main

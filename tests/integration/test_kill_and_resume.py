@@ -81,7 +81,7 @@ def test_killed_runs_end_bit_for_bit_as_an_undisturbed_one(lwm: Any, small: Writ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10, 18))
+@pytest.mark.parametrize("seed", [10, 15, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(20, 30))])
 def test_many_kills_over_a_longer_run(lwm: Any, small: Write, exact_rows: Rows, seed: int) -> None:
     path = small(trainer=SLOW, evals=EVALS, tokens=2560, every=3)
     assert lwm("run", str(path), "--out", "whole").returncode == 0

@@ -27,22 +27,23 @@ def worlds(*few: int) -> tuple[int, ...]:
 class TestRing(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "ring", **XLA}
+    worlds = worlds(1, 3, 4)
 
 
 class TestRingPallas(TestRing):
     options: ClassVar = {"strategy": "ring", **PALLAS}
-    worlds = worlds(2)
+    worlds, thorough = worlds(2), WHOLE
 
 
 class TestRingCudnn(TestRing):
     options: ClassVar = {"strategy": "ring", **CUDNN}
-    worlds = worlds(2)
+    worlds, thorough = worlds(3), WHOLE
 
 
 class TestAllgather(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "allgather", **XLA}
-    worlds = worlds(3, 4)
+    worlds, thorough = worlds(3), WHOLE
 
 
 class TestAllgatherPallas(TestAllgather):
@@ -65,7 +66,7 @@ def heads_refused(devices: int, heads: int, kv_heads: int) -> str:
 class TestUlysses(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "ulysses", **XLA}
-    worlds = worlds(3, 8)
+    worlds, thorough = worlds(4), WHOLE
 
     def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
         return heads_refused(world, heads, kv_heads)
@@ -87,7 +88,7 @@ class TestUlyssesCudnn(TestUlysses):
 class TestUsp(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "usp", **XLA}
-    worlds = worlds(4, 8)
+    worlds, thorough = worlds(4, 8), WHOLE
 
     def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
         return heads_refused(INNER[world], heads, kv_heads)

@@ -26,30 +26,30 @@ def worlds(*few: int) -> tuple[int, ...]:
 class TestRing(AttentionSuite):
     name = "torch-ring"
     options: ClassVar = {"strategy": "ring", **FLASH}
-    worlds = worlds(1, 2, 3, 4)
+    worlds = worlds(1, 3, 4)
 
 
 class TestRingMath(TestRing):
     options: ClassVar = {"strategy": "ring", **MATH}
-    worlds = worlds(2)
+    worlds, thorough = worlds(2), WHOLE
 
 
 class TestRingLargeChunks(TestRing):
     """As people run it, with what the options are by default."""
 
     options: ClassVar = {"strategy": "ring"}
-    worlds = worlds(2)
+    worlds, thorough = worlds(2), WHOLE
 
 
 class TestAllgather(AttentionSuite):
     name = "torch-ring"
     options: ClassVar = {"strategy": "allgather", **FLASH}
-    worlds = worlds(3)
+    worlds, thorough = worlds(3), WHOLE
 
 
 class TestAllgatherByHeads(TestAllgather):
     options: ClassVar = {"strategy": "allgather", "gather_heads": 1, **FLASH}
-    worlds = worlds(2)
+    worlds, thorough = worlds(2), WHOLE
 
 
 class TestAllgatherMath(TestAllgather):
@@ -67,7 +67,7 @@ def heads_refused(processes: int, heads: int, kv_heads: int) -> str:
 class TestUlysses(AttentionSuite):
     name = "torch-ring"
     options: ClassVar = {"strategy": "ulysses", **FLASH}
-    worlds = worlds(3, 4)
+    worlds, thorough = worlds(3, 4), WHOLE
 
     def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
         return heads_refused(world, heads, kv_heads)
@@ -88,7 +88,7 @@ INNER = {1: 1, 2: 1, 3: 1, 4: 2, 8: 2}
 class TestUsp(AttentionSuite):
     name = "torch-ring"
     options: ClassVar = {"strategy": "usp", **FLASH}
-    worlds = worlds(4)
+    worlds, thorough = worlds(4), WHOLE
 
     def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
         return heads_refused(INNER[world], heads, kv_heads)

@@ -45,6 +45,11 @@ class Rows:
         if not self.used:
             self.used = [0] * len(x)
             self._room(PAGE, kept[0])
+        if self._kind != "int8" and len(set(self.used)) == 1 and not any(which is not None for which in chosen):
+            at, count = self.used[0], kept.shape[2]
+            self._room(at + count, kept[0])[:, :, at : at + count] = kept
+            self.used = [at + count] * len(self.used)
+            return
         for row, which in enumerate(chosen):
             self._put(row, kept[row] if which is None else kept[row].index_select(1, which))
 
