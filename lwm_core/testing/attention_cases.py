@@ -61,8 +61,9 @@ def matrix(thorough: bool = True) -> list[tuple[int, str, str]]:
     return cases
 
 
-def pairwise() -> list[tuple[int, str, str, int]]:
-    """(world, layout, mask, K) without segment ids: every pair of values occurs, K is H (MHA) or 1 (MQA)."""
+def pairwise(thorough: bool = True) -> list[tuple[int, str, str, int]]:
+    """(world, layout, mask, K) without segment ids: every pair of values occurs, K is H (MHA) or 1 (MQA); one case a
+    world if not ``thorough``."""
     names = list(MASKS)
     cases = []
     for i, world in enumerate(WORLDS):
@@ -70,9 +71,24 @@ def pairwise() -> list[tuple[int, str, str, int]]:
             for m, mask in enumerate(names):
                 for kv_heads in (HEADS, 1):
                     kept = m == (i + 2 * j) % len(names) and kv_heads == (HEADS if (i + j) % 2 else 1)
-                    if exhaustive() or (kept and not (world == 1 and j)):
+                    rare = j != 0 if world == 1 else not thorough and j != i % len(LAYOUTS)
+                    if exhaustive() or (kept and not rare):
                         cases.append((world, layout, mask, kv_heads))
     return cases
+
+
+def large(thorough: bool = True) -> list[tuple[int, str, str, str]]:
+    """(world, layout, mask, dtype) of the largest logits: all layouts with a causal and a full mask in float32, one in
+    bfloat16; one layout and mask if not ``thorough``."""
+    wide = [(world, layout, mask, "float32") for world, layout in by_world() for mask in ("causal", "full")]
+    few = [(world, LAYOUTS[0], "causal", dtype) for world in WORLDS for dtype in ("float32", "bfloat16")]
+    return few if not thorough else wide + few[1::2]
+
+
+def narrow(thorough: bool = True) -> list[tuple[int, str]]:
+    """(world, layout) in bfloat16: at 8 all layouts, elsewhere one; one everywhere if not ``thorough``."""
+    rare = [(8, "zigzag"), (8, "striped")] if thorough else []
+    return [(2, "contiguous"), (3, "zigzag"), (4, "striped"), (8, "contiguous"), *rare]
 
 
 def _normal(seed: int, *shape: int) -> NDArray[np.float32]:

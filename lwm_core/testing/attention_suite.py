@@ -30,10 +30,6 @@ from lwm_core.testing.tolerance import TOLERANCES, assert_close, assert_no_worse
 
 FLOAT32 = TOLERANCES["float32"]
 _NAMES = ("out", "lse", "dq", "dk", "dv")
-_BY_WORLD = cases.by_world()
-_LARGE = [(world, layout, mask, "float32") for world, layout in _BY_WORLD for mask in ("causal", "full")]
-_LARGE += [(world, LAYOUTS[0], "causal", "bfloat16") for world in WORLDS]
-_NARROW = [(2, "contiguous"), (3, "zigzag"), (4, "striped"), (8, "contiguous"), (8, "zigzag"), (8, "striped")]
 
 Results = dict[str, NDArray[Any]]
 
@@ -59,7 +55,8 @@ class AttentionSuite(Suite):
         name: the plugin, ``name`` or ``dist:name``.
         options: options that every harness gets (``{"strategy": "ring"}``); ``layout`` is the kit's to set.
         worlds: numbers of devices to test; leave out what the machine cannot hold.
-        thorough: whether every layout meets every mask at worlds 2, 4 and 8, or one mask each as at 3.
+        thorough: whether every layout meets every mask at worlds 2, 4 and 8, or one mask each as at 3; every test is
+            there either way, with fewer cases.
         layouts, masks, dtypes: what is claimed; None takes it from the plugin's spec. Masks are named ``causal``,
             ``full``, ``block_causal`` and ``window``.
         gqa: whether fewer key-value than query heads are claimed; None takes it from the spec.
@@ -185,7 +182,7 @@ class AttentionSuite(Suite):
         backend = self._backend(world, layout, mask)
         _check(backend, self._inputs(cases.packed()), MASKS[mask])
 
-    @_over("world layout mask kv_heads", cases.pairwise())
+    @_over("world layout mask kv_heads", cases.pairwise)
     def test_rows_without_documents_equal_the_oracle(self, world: int, layout: str, mask: str, kv_heads: int) -> None:
         """The same without segment ids, with as many key-value heads as query heads and with a single one."""
         backend = self._backend(world, layout, mask, kv_heads)
@@ -230,7 +227,7 @@ class AttentionSuite(Suite):
     # -- 3. rows that see nothing ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("pattern", cases.UNSEEN)
-    @_over("world layout", _BY_WORLD)
+    @_over("world layout", cases.by_world())
     def test_rows_that_see_nothing(self, world: int, layout: str, pattern: str) -> None:
         """Padding has out 0, lse −inf and gradients 0, whatever stands in it, and leaves the other rows right."""
         backend = self._backend(world, layout, self._masks_at(world, layout)[0])
@@ -247,7 +244,7 @@ class AttentionSuite(Suite):
 
     # -- 5. documents ------------------------------------------------------------------------------------------------
 
-    @_over("world layout", _BY_WORLD)
+    @_over("world layout", cases.by_world())
     def test_documents_do_not_leak(self, world: int, layout: str) -> None:
         """Change one document wholly: out, lse and gradients of every other token stay bitwise equal."""
         backend = self._backend(world, layout, self._masks_at(world, layout)[0])
@@ -263,7 +260,7 @@ class AttentionSuite(Suite):
                     same = np.array_equal(before[name][others], after[name][others])
                     assert same, f"{mask}: {name} of other tokens changed with the document at {place} of row {row}"
 
-    @_over("world layout", _BY_WORLD)
+    @_over("world layout", cases.by_world())
     def test_packed_equals_unpacked(self, world: int, layout: str) -> None:
         """Each document alone in a padded row gives what it gives among others."""
         backend = self._backend(world, layout, self._masks_at(world, layout)[0])
@@ -284,7 +281,7 @@ class AttentionSuite(Suite):
 
     # -- 6. lengths --------------------------------------------------------------------------------------------------
 
-    @_over("world layout", _BY_WORLD)
+    @_over("world layout", cases.by_world())
     def test_a_length_that_does_not_divide(self, world: int, layout: str) -> None:
         """Refused with ShapeError, forward and backward; one device has nothing to divide and is right."""
         backend = self._backend(world, layout)
@@ -320,7 +317,7 @@ class AttentionSuite(Suite):
 
     # -- 8. large logits and bfloat16 --------------------------------------------------------------------------------
 
-    @_over("world layout mask dtype", _LARGE)
+    @_over("world layout mask dtype", cases.large)
     def test_large_logits(self, world: int, layout: str, mask: str, dtype: str) -> None:
         """Logits of ±1e4 with one dominant key, which comes on the last hop for some rank: finite and right."""
         backend = self._backend(world, layout, mask, dtype=dtype)
@@ -336,7 +333,7 @@ class AttentionSuite(Suite):
         for name in ("dq", "dk"):
             assert np.all(np.isfinite(results[name].astype(np.float32))), f"{name} is not finite"
 
-    @_over("world layout", _NARROW)
+    @_over("world layout", cases.narrow)
     def test_bfloat16_loses_no_more_than_one_device(self, world: int, layout: str) -> None:
         """Error at most 1.5 times that of world 1 at every world (accumulators are float32); dtypes as contracted."""
         kind = "causal" if self._unclaimed("masks", "full") else "full"
@@ -356,7 +353,7 @@ class AttentionSuite(Suite):
 
     # -- 9. determinism ----------------------------------------------------------------------------------------------
 
-    @_over("world layout", _BY_WORLD)
+    @_over("world layout", cases.by_world())
     def test_two_runs_are_bitwise_equal(self, world: int, layout: str) -> None:
         """The same inputs give the same bits, forward and backward."""
         backend = self._backend(world, layout, self._masks_at(world, layout)[0])

@@ -88,7 +88,7 @@ class TestUlyssesCudnn(TestUlysses):
 class TestUsp(AttentionSuite):
     name = "jax-ring"
     options: ClassVar = {"strategy": "usp", **XLA}
-    worlds, thorough = worlds(4, 8), WHOLE
+    worlds, thorough = worlds(4), WHOLE
 
     def refuses(self, world: int, layout: str, mask: AttentionMask, heads: int, kv_heads: int) -> str:
         return heads_refused(INNER[world], heads, kv_heads)

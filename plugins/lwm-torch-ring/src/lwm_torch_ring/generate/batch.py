@@ -205,7 +205,10 @@ class Rows:
         given, positions = torch.tensor(tokens, device=device), torch.tensor(self.lengths, device=device)
         rope = self._rope(max(self.lengths) + 1)
         if self._decoding is None and self._trainer.gathering.together():
-            self._decoding = Decoding(self._trainer.network, self._how, lent=self._trainer.gathering.lends)
+            # Other numbers of rows would each be compiled anew.
+            compile = self._trainer.options.compile_decoding and self.count == 1 and self._how.tp.size == 1
+            how = replace(self._how, compile=compile)
+            self._decoding = Decoding(self._trainer.network, how, lent=self._trainer.gathering.lends)
         if self._decoding is not None:
             logits = self._decoding.logits(given, positions, rope, attend)
         else:
