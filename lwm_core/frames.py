@@ -27,7 +27,7 @@ def vision_tokens(frames: int, codes_per_frame: int) -> int:
     return frames * (codes_per_frame + 1)
 
 
-def clip_ids(codes: NDArray[np.integer], vocabulary: Vocabulary) -> NDArray[np.int32]:
+def frame_tokens(codes: NDArray[np.integer], vocabulary: Vocabulary) -> NDArray[np.int32]:
     """``[T, n]`` codes → ``[N]`` ids: each frame's codes, then ``eof``, or ``eov`` after the last.
 
     Raises:
@@ -36,49 +36,45 @@ def clip_ids(codes: NDArray[np.integer], vocabulary: Vocabulary) -> NDArray[np.i
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
-        raise ShapeError(
-            f"clip: {codes.dtype} codes of shape {list(codes.shape)}; expected whole numbers [frames, codes a frame], "
-            "at least one frame"
-        )
+        raise ShapeError(f"frames: codes are {codes.dtype} {list(codes.shape)}; expected whole numbers [T, n], none 0")
     delimiters = np.full((len(codes), 1), vocabulary.eof, np.int32)
     delimiters[-1] = vocabulary.eov
-    # int64 first: the codes may be kept as uint16, where adding the offset of the vision slice would wrap.
-    ids = vocabulary.vision_ids(codes.astype(np.int64))
-    return np.concatenate([ids, delimiters], axis=1).ravel()
+    return np.concatenate([vocabulary.vision_ids(codes), delimiters], axis=1).ravel()
 
 
-def clip_codes(ids: NDArray[np.integer], codes_per_frame: int, vocabulary: Vocabulary) -> NDArray[np.int32]:
-    """``[N]`` ids of a whole clip → ``[T, n]`` codes; the inverse of :func:`clip_ids`.
+def frame_codes(tokens: NDArray[np.integer], vocabulary: Vocabulary, codes_per_frame: int) -> NDArray[np.int32]:
+    """``[N]`` ids of a whole clip → ``[T, n]`` codes, n being ``codes_per_frame``; undoes :func:`frame_tokens`.
 
     Raises:
         ShapeError: the ids are no whole number of frames, a frame does not end with ``eof`` or the last not with
-            ``eov``, or an id among the codes is none of a code.
+            ``eov``, an id among the codes is none of a code, or ``codes_per_frame`` is not positive.
     """
-    ids = np.asarray(ids)
-    block = codes_per_frame + 1
-    if ids.ndim != 1 or not ids.size or ids.size % block or ids.dtype.kind not in "iu":
+    tokens, block = np.asarray(tokens), codes_per_frame + 1
+    if codes_per_frame < 1:
+        raise ShapeError(f"frames: codes_per_frame is {codes_per_frame}; expected at least 1")
+    if tokens.ndim != 1 or not tokens.size or tokens.size % block or tokens.dtype.kind not in "iu":
         raise ShapeError(
-            f"clip: {ids.dtype} ids of shape {list(ids.shape)}; expected whole frames of {codes_per_frame} codes and a "
-            f"delimiter, a multiple of {block} ids in one dimension"
+            f"frames: ids are {tokens.dtype} {list(tokens.shape)}; expected whole numbers [T·{block}]: "
+            f"{codes_per_frame} codes and a delimiter a frame"
         )
-    frames = ids.astype(np.int64).reshape(-1, block)
-    expected = np.full(len(frames), vocabulary.eof)
+    blocks = tokens.astype(np.int64).reshape(-1, block)
+    expected = np.full(len(blocks), vocabulary.eof)
     expected[-1] = vocabulary.eov
-    wrong = np.flatnonzero(frames[:, -1] != expected)
+    wrong = np.flatnonzero(blocks[:, -1] != expected)
     if wrong.size:
-        at = int(wrong[0])
-        name = "eov" if at == len(frames) - 1 else "eof"
+        frame = int(wrong[0])
         raise ShapeError(
-            f"clip: frame {at + 1} of {len(frames)} ends with id {frames[at, -1]}; expected {name}, id {expected[at]}"
+            f"frames: frame {frame} of {len(blocks)} ends with id {blocks[frame, -1]}; expected {expected[frame]} "
+            f"({'eov' if frame == len(blocks) - 1 else 'eof'})"
         )
     first = vocabulary.slices["vision"].start
-    codes: NDArray[np.int64] = frames[:, :-1] - first
+    codes: NDArray[np.int64] = blocks[:, :-1] - first
     outside = np.argwhere((codes < 0) | (codes >= vocabulary.vision_codes))
     if outside.size:
-        frame, token = (int(i) for i in outside[0])
+        frame, place = (int(i) for i in outside[0])
         raise ShapeError(
-            f"clip: token {token + 1} of frame {frame + 1} is id {frames[frame, token]}; expected a code's, "
-            f"{first} to {first + vocabulary.vision_codes - 1}"
+            f"frames: id {blocks[frame, place]} at place {place} of frame {frame} is no code; expected "
+            f"[{first}, {first + vocabulary.vision_codes})"
         )
     return codes.astype(np.int32)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lwm_core.batch import TokenSequence
 from lwm_core.errors import DataError, ShapeError
-from lwm_core.frames import VISION_END, VISION_START, clip_ids, uniform_frames
+from lwm_core.frames import VISION_END, VISION_START, frame_tokens, uniform_frames
 from lwm_core.protocols import Tokenizer
 from lwm_core.vocab import Vocabulary
 from lwm_data.field_language import Field, check_fields, choose_fields
@@ -134,7 +134,7 @@ class LineReader:
         if self._options.max_frames is not None:
             codes = codes[uniform_frames(len(codes), self._options.max_frames)]
         try:
-            return clip_ids(codes, self._vocabulary)
+            return frame_tokens(codes, self._vocabulary)
         except ShapeError as error:
             raise ValueError(f"field {name!r}: {error}") from None
 

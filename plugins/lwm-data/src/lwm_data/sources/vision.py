@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lwm_core.batch import TokenSequence
 from lwm_core.errors import DataError, LwmError, ShapeError
-from lwm_core.frames import clip_ids, uniform_frames, vision_tokens
+from lwm_core.frames import frame_tokens, uniform_frames, vision_tokens
 from lwm_core.prompts import TEMPLATES, UNCONDITIONAL, Order, Stretch, lay_out
 from lwm_core.protocols import Tokenizer
 from lwm_core.shards import Shards
@@ -95,7 +95,7 @@ class ClipCorpus:
             else:  # frame by frame: a long video is not read whole for a few frames of it
                 at = uniform_frames(one.frames, frames).tolist()
                 codes = np.concatenate([self._shards.codes(one.video, i, i + 1) for i in at])
-            return clip_ids(codes, self._vocabulary)
+            return frame_tokens(codes, self._vocabulary)
         except LwmError as error:
             raise DataError(f"vision source {self.name!r}: {one.name}: {error}") from None
 
