@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from lwm_core.errors import DataError, ShapeError
+from lwm_core.prompts import PROMPT_START as PROMPT_START
 
 Split = Literal["train", "held-out"]
 
@@ -21,7 +22,6 @@ DIGITS = 7
 
 HELD_OUT_DIVISOR = 7
 
-PROMPT_START = "You are a helpful assistant. USER: "
 PROMPT_END = (
     " Don't give information outside the document or repeat your findings. "
     "Keep your response short and direct. ASSISTANT:"

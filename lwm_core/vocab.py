@@ -76,7 +76,8 @@ class Vocabulary:
             raise ShapeError(
                 f"vision codes run from {codes.min()} to {codes.max()}; expected 0 to {self.vision_codes - 1}"
             )
-        return (codes + self.text_size).astype(np.int32)
+        # int64 first: codes may be kept as uint16, where the offset would wrap round.
+        return (codes.astype(np.int64) + self.text_size).astype(np.int32)
 
     def is_vision(self, ids: NDArray[np.integer]) -> NDArray[np.bool_]:
         """Which of ``ids`` are vision ids."""

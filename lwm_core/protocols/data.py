@@ -14,7 +14,15 @@ from lwm_core.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class DataContext:
-    """What a data factory may need."""
+    """What a data factory may need.
+
+    Args:
+        tokenizer: text to ids.
+        vocabulary: the model's ids. A source of codes holds its codebook against ``vision_codes``; how many codes a
+            frame has is recorded with the codes, so that no encoder need be there.
+        seed: of everything random.
+        base_dir: where relative paths start.
+    """
 
     tokenizer: Tokenizer
     vocabulary: Vocabulary

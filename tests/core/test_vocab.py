@@ -41,6 +41,13 @@ def test_slices_tile_the_ids_and_tell_the_modality(text_size: int, codes: int, r
     assert np.array_equal(vocabulary.is_vision(ids), ids >= text_size)
 
 
+@pytest.mark.parametrize("text_size", [32_000, 60_000, 128_256])
+def test_codes_kept_as_uint16_do_not_wrap_round(text_size: int) -> None:
+    """As a folder of codes keeps them; 60,000 and 8191 are more than 16 bits hold."""
+    ids = Vocabulary(text_size, 8448).vision_ids(np.array([0, 8191], np.uint16))
+    assert ids.tolist() == [text_size, text_size + 8191]
+
+
 @pytest.mark.parametrize("codes", [[-1], [0, 8192]])
 def test_codes_outside_the_codebook_are_refused(codes: list[int]) -> None:
     with pytest.raises(ShapeError, match="0 to 8191"):

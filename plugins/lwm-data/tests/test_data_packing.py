@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lwm_core.batch import pack_rows
 from lwm_data.corpus import Corpus
 from lwm_data.options import TextOptions
-from lwm_data.packing import best_fit, cut, share_out
+from lwm_data.packing import best_fit, cut, pack_whole, share_out
 from lwm_data.sources.text import TextSource
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
@@ -72,6 +72,37 @@ def test_short_documents_fill_their_rows():
     drawn: list[int] = []
     packed = best_fit((drawn.append(n) or n for n in lengths), 64, 256)
     assert sum(drawn[i] for row in packed for i in row) / (64 * 256) > 0.98
+
+
+@given(LENGTHS, st.integers(1, 12), st.integers(2, 64))
+def test_whole_pieces_are_the_first_so_many(lengths, rows, seq_len):
+    """No row is too long, in no row do pieces change places, and all pieces before the last that went in went in."""
+    lengths = [min(length, seq_len) for length in lengths]
+    packed = pack_whole(lengths, rows, seq_len)
+    assert len(packed) == rows
+    assert all(sum(lengths[i] for i in row) <= seq_len and row == sorted(row) for row in packed)
+    placed = sorted(i for row in packed for i in row)
+    assert placed == list(range(len(placed)))
+    assert len(placed) >= min(rows, len(lengths)), "a row each is always room enough"
+
+
+def test_whole_pieces_fill_their_rows():
+    """Long and short pieces, half and half, where a row holds one of each."""
+    lengths = np.random.default_rng(0).choice([89, 30], size=2000).tolist()
+    packed = pack_whole(lengths, 500, 120)
+    assert sum(lengths[i] for row in packed for i in row) > 0.98 * 500 * 119
+
+
+def test_whole_pieces_keep_the_mix_of_long_and_short():
+    """Seven of ten are long, and a row holds one of them: short ones alone could still go in, and do not."""
+    lengths = np.random.default_rng(0).choice([89, 30], size=2000, p=[0.7, 0.3]).tolist()
+
+    def long(packed):
+        taken = [lengths[i] for row in packed for i in row]
+        return taken.count(89) / len(taken)
+
+    assert long(pack_whole(lengths, 500, 120)) == pytest.approx(0.7, abs=0.03)
+    assert long(best_fit(lengths, 500, 120)) < 0.6
 
 
 @given(st.dictionaries(st.text(min_size=1), st.floats(0.01, 10), min_size=1, max_size=5), st.integers(1, 50))

@@ -1,1 +1,1 @@
-"""Text, needle and copying sources, masked packing and the training feed."""
+"""Text, vision, needle and copying sources, masked packing and the training feed."""

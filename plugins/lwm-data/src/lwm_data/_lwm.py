@@ -6,7 +6,7 @@ from lwm_core.registry.spec import PluginSpec
 
 mix = PluginSpec(
     name="mix",
-    summary="Texts, planted needles and copying tasks, mixed by weight and packed with document masks",
+    summary="Texts, clips with captions, needles and copying tasks, mixed by weight and packed with document masks",
     factory="lwm_data.feed:open_mix",
     options="lwm_data.options:MixOptions",
     needs=("grain",),

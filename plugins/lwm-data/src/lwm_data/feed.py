@@ -18,13 +18,17 @@ from lwm_core.batch import PackedBatch
 from lwm_core.errors import ConfigError, DataError, LwmError, ShapeError
 from lwm_core.needles import sentence_ends
 from lwm_core.protocols import DataContext, FeedRequest
+from lwm_data.clips import check_one_encoder, clip_examples, open_codes
 from lwm_data.corpus import Corpus, Texts, encode_corpus, files_of, read_texts
-from lwm_data.options import MixOptions, TextOptions, check_mix
+from lwm_data.lines import LineCorpus, LineReader, line_files
+from lwm_data.options import JsonlOptions, MixOptions, TextOptions, VisionOptions, check_mix
 from lwm_data.rows import FIELDS, RankRows, Row, StageRows
 from lwm_data.sources.base import Source
 from lwm_data.sources.copy import PairsSource, RepeatSource
+from lwm_data.sources.jsonl import JsonlSource
 from lwm_data.sources.needle import NeedleSource
 from lwm_data.sources.text import TextSource
+from lwm_data.sources.vision import ClipCorpus, VisionSource
 
 
 class MixFeed:
@@ -84,12 +88,21 @@ class MixFeed:
 
 
 class MixSource:
-    """Sources by name. Texts are read and encoded once, when a feed first needs them."""
+    """Sources by name. Texts, captions and lines are read and encoded once, when a feed first needs them."""
 
     def __init__(self, options: MixOptions, context: DataContext) -> None:
         self._options, self._context = options, context
         self._files = {name: files_of(o, context.base_dir, name) for name, o in self._text_options.items()}
         self._check_held_out()
+        self._shards = {
+            name: open_codes(o, context.vocabulary, context.base_dir, name)
+            for name, o in options.sources.items()
+            if isinstance(o, VisionOptions)
+        }
+        self._line_files = {name: line_files(o, context.base_dir, name) for name, o in self._line_options.items()}
+        check_one_encoder(self._shards, {name: o.codes_per_frame for name, o in self._line_options.items()})
+        self._clips: dict[str, ClipCorpus] = {}
+        self._lines: dict[str, LineCorpus] = {}
         self._texts: dict[str, Texts] = {}
         self._corpora: dict[str, Corpus] = {}
 
@@ -118,6 +131,10 @@ class MixSource:
     @property
     def _text_options(self) -> dict[str, TextOptions]:
         return {name: o for name, o in self._options.sources.items() if isinstance(o, TextOptions)}
+
+    @property
+    def _line_options(self) -> dict[str, JsonlOptions]:
+        return {name: o for name, o in self._options.sources.items() if isinstance(o, JsonlOptions)}
 
     def _check_held_out(self) -> None:
         """Refuse two sources that read a file but differ in what they hold out: one would train on the other's."""
@@ -150,6 +167,10 @@ class MixSource:
             return TextSource(options, self._corpus(name), seq_len)
         if options.kind == "needle":
             return NeedleSource(name, options, self._corpus(options.haystack), tokenizer, self._ends, seq_len)
+        if options.kind == "vision":
+            return VisionSource(self._clip_corpus(name, options), seq_len)
+        if options.kind == "jsonl":
+            return JsonlSource(self._line_corpus(name, options), seq_len)
         if options.task == "pairs":
             return PairsSource(name, options, tokenizer, seq_len)
         text = None if options.text is None else self._corpus(options.text)
@@ -165,6 +186,20 @@ class MixSource:
             self._corpora[name] = encode_corpus(self._read(name).train, self._context.tokenizer, name)
         return self._corpora[name]
 
+    def _clip_corpus(self, name: str, options: VisionOptions) -> ClipCorpus:
+        if name not in self._clips:
+            context, shards = self._context, self._shards[name]
+            examples = clip_examples(options, shards, context.base_dir, name)
+            self._clips[name] = ClipCorpus(name, options, shards, examples, context.tokenizer, context.vocabulary)
+        return self._clips[name]
+
+    def _line_corpus(self, name: str, options: JsonlOptions) -> LineCorpus:
+        if name not in self._lines:
+            context = self._context
+            reader = LineReader(options, context.tokenizer, context.vocabulary, context.seed)
+            self._lines[name] = LineCorpus(name, options, self._line_files[name], reader)
+        return self._lines[name]
+
     @cached_property
     def _ends(self) -> frozenset[int]:
         return sentence_ends(self._context.tokenizer.decode, self._context.tokenizer.size)
@@ -174,8 +209,9 @@ def open_mix(options: MixOptions, context: DataContext) -> MixSource:
     """The factory of the data plugin ``mix``.
 
     Raises:
-        DataError: a file is missing.
-        ConfigError: two sources read one file and hold out different parts of it.
+        DataError: a file is missing, or a folder of codes is damaged.
+        ConfigError: two sources read one file and hold out different parts of it, or hold codes of different encoders.
+        ShapeError: the model has no ids for a source's codes.
     """
     return MixSource(options, context)
 

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lwm_core.prompts import Order, check_template
+from lwm_data.field_language import check_fields, choose_fields
+
 Share = Annotated[
     float,
     Field(gt=0, description="what an example's loss weights sum to, spread evenly over the tokens that are learnt"),
@@ -109,7 +112,103 @@ class CopyOptions(_Options):
         return self
 
 
-SourceOptions = Annotated[TextOptions | NeedleOptions | CopyOptions, Field(discriminator="kind")]
+class VisionOptions(_Options):
+    """Pictures and videos of a folder of codes, with or without captions, in LWM's orders and prompts."""
+
+    kind: Literal["vision"] = Field(description="the source's kind")
+    path: str = Field(description="folder that lwm encode wrote, from the folder the command runs in")
+    captions: str | None = Field(
+        default=None,
+        description="file of texts by a picture's or video's name: .jsonl lines {name, text} and question or not, or "
+        ".tsv lines name, text; .xz and .gz are unpacked; several lines of one name are as many examples",
+    )
+    order: Literal["text-vision", "vision-text", "text", "vision"] = Field(
+        default="text-vision",
+        description="what an example holds; the last is learnt: a clip after its text, a text after its clip, or one "
+        "alone",
+    )
+    swap: float = Field(default=0.0, ge=0, le=1, description="probability that text and clip change places")
+    drop: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability that the text before a clip that is learnt is left out, for classifier-free guidance",
+    )
+    max_frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="frames of a video at most, evenly spaced from the first to the last; none: as many as a row holds",
+    )
+    questions: tuple[str, ...] = Field(
+        default=("Describe what you see.",),
+        min_length=1,
+        description="what is asked about a clip whose line of captions has no question of its own; a random one",
+    )
+    templates: dict[Order, str] = Field(
+        default_factory=dict,
+        description="text around {text}, {vision} and {question} by order, in place of LWM's prompts",
+    )
+    leave_out: tuple[Literal["no-caption", "no-clip", "no-frames", "too-long"], ...] = Field(
+        default=(),
+        description="what is left out instead of refused: clips without a caption, captions without a clip, clips "
+        "without frames, examples longer than a row",
+    )
+    verify: bool = Field(default=False, description="hold every file of codes against its SHA-256 before training")
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _fits_order(self) -> VisionOptions:
+        if (self.captions is None) != (self.order == "vision"):
+            what = "takes no captions" if self.captions is not None else "needs captions"
+            raise ValueError(f"order {self.order!r} {what}")
+        if self.swap and self.order not in ("text-vision", "vision-text"):
+            raise ValueError(f"swap is {self.swap}, but order {self.order!r} holds one part only")
+        if self.drop and self.order != "text-vision" and not (self.order == "vision-text" and self.swap):
+            raise ValueError(f"drop is {self.drop}, but order {self.order!r} never learns a clip after its text")
+        for order, template in self.templates.items():
+            check_template(order, template)
+        return self
+
+
+class JsonlOptions(_Options):
+    """Lines of a .jsonl in LWM's field language."""
+
+    kind: Literal["jsonl"] = Field(description="the source's kind")
+    path: str = Field(
+        description="file, folder or glob of .jsonl, from the folder the command runs in; read in place, so not packed"
+    )
+    fields: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="the fields of an example, such as '[instruction],[vision],answer'; of several a random one by "
+        "seed and line; none: each line's own 'fields'",
+    )
+    fields_index: int | None = Field(default=None, ge=0, description="of several, always this one, from 0")
+    subfield_separator: str = Field(default=" ", description="what texts that '+' joins have between them")
+    prepend_text: str = Field(default="", description="put before the text of the first field, and learnt as that is")
+    bos: bool = Field(default=True, description="begin with the tokenizer's bos, where it has one")
+    eos: bool = Field(default=True, description="end with the tokenizer's eos, where it has one; it is learnt")
+    codes_per_frame: int = Field(default=256, ge=1, description="codes of a frame in the lines' vision fields")
+    max_frames: int | None = Field(
+        default=None, ge=1, description="frames of a vision field at most, evenly spaced; none: all of them"
+    )
+    leave_out: tuple[Literal["too-long"], ...] = Field(
+        default=(), description="what is left out instead of refused: lines longer than a row"
+    )
+    share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _parses(self) -> JsonlOptions:
+        specs = (self.fields,) if isinstance(self.fields, str) else self.fields
+        if specs is not None:
+            choose_fields(specs, self.fields_index, 0, "fields")
+            for number, spec in enumerate(specs):
+                check_fields(spec, "fields" if isinstance(self.fields, str) else f"fields[{number}]", self.prepend_text)
+        return self
+
+
+SourceOptions = Annotated[
+    TextOptions | NeedleOptions | CopyOptions | VisionOptions | JsonlOptions, Field(discriminator="kind")
+]
 
 
 class MixOptions(_Options):

@@ -6,7 +6,7 @@ Shapes: S tokens of a row, n pieces.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,35 @@ def best_fit(lengths: Iterable[int], rows: int, seq_len: int, patience: int = PA
         elif opened == rows and not room:
             break
     return packed
+
+
+def pack_whole(lengths: Sequence[int], rows: int, seq_len: int) -> list[list[int]]:
+    """Numbers of the pieces in each of ``rows`` rows: the first so many pieces that go in, and none of the others.
+
+    Best fit decreasing of a beginning of ``lengths``, the longest to within a 512th. What :func:`best_fit` leaves out
+    is what is long, which changes the mix of long and short pieces; a beginning of random pieces keeps it. Within a row
+    pieces keep their order.
+    """
+
+    def packed(count: int) -> list[list[int]] | None:
+        order = sorted(range(count), key=lambda number: -lengths[number])
+        found = best_fit((lengths[number] for number in order), rows, seq_len, patience=1)
+        if sum(map(len, found)) < count:
+            return None
+        return [sorted(order[place] for place in row) for row in found]
+
+    total = np.cumsum(lengths)
+    high = int(np.searchsorted(total, rows * seq_len, side="right")) + 1  # so many do not go in, or there are not
+    low, best = 0, [[] for _ in range(rows)]  # type: ignore[var-annotated]
+    count = high - 1
+    while high - low > max(1, high >> 9):
+        found = packed(count)
+        if found is None:
+            high = count
+        else:
+            low, best = count, found
+        count = (low + high) // 2
+    return best
 
 
 def share_out(weights: Mapping[str, float], rows: int, random: np.random.Generator) -> list[str]:

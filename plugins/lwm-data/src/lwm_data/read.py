@@ -8,7 +8,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -21,8 +21,8 @@ IN_FOLDERS = (".txt", ".jsonl", ".parquet")
 CORPORA = {"kjv": "kjv.txt.xz"}
 
 
-def find_files(pattern: str, base: Path, who: str) -> list[Path]:
-    """The files of a path, a folder (with its subfolders) or a glob, sorted by name.
+def find_files(pattern: str, base: Path, who: str, endings: Sequence[str] = IN_FOLDERS) -> list[Path]:
+    """The files of a path, a folder (those with these ``endings``, in its subfolders too) or a glob, sorted by name.
 
     Raises:
         DataError: there is none.
@@ -31,9 +31,9 @@ def find_files(pattern: str, base: Path, who: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in IN_FOLDERS)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in endings)
         if not files:
-            raise DataError(f"{who}: the folder {path} has no file that ends in {', '.join(IN_FOLDERS)} (or .xz, .gz)")
+            raise DataError(f"{who}: the folder {path} has no file that ends in {', '.join(endings)} (or .xz, .gz)")
         return files
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if not files:
@@ -56,21 +56,27 @@ def read_documents(file: Path, split: str) -> Iterator[str]:
     Raises:
         DataError: the file cannot be read, is damaged, is not UTF-8, or has no ``text``.
     """
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix == ".parquet":
         documents: Iterator[str] = _parquet(file)
     elif suffix == ".jsonl":
         documents = _jsonl(file)
     else:
-        documents = _plain(_unpack(file), split)
+        documents = _plain(unpack(file), split)
     return (document for document in documents if document.strip())
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
+    """What a file's name ends in, but for a packer's ending."""
     return (file.with_suffix("") if file.suffix in PACKED else file).suffix
 
 
-def _unpack(file: Path) -> str:
+def unpack(file: Path) -> str:
+    """The text of a UTF-8 file, packed or not.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or is not UTF-8.
+    """
     try:
         data = file.read_bytes()
         if file.suffix == ".xz":
@@ -78,9 +84,9 @@ def _unpack(file: Path) -> str:
         elif file.suffix == ".gz":
             data = gzip.decompress(data)
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: is damaged or not a {file.suffix} file: {_reason(error)}") from error
+        raise DataError(f"{file}: is damaged or not a {file.suffix} file: {reason_of(error)}") from error
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {_reason(error)}") from error
+        raise DataError(f"{file}: cannot be read: {reason_of(error)}") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,13 +103,13 @@ def _plain(text: str, split: str) -> Iterator[str]:
 
 
 def _jsonl(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_unpack(file).split("\n"), start=1):
+    for number, line in enumerate(unpack(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{file}:{number}: is not JSON: {_reason(error)}") from error
+            raise DataError(f"{file}:{number}: is not JSON: {reason_of(error)}") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             got = sorted(record) if isinstance(record, dict) else type(record).__name__
             raise DataError(f"{file}:{number}: expected an object with a string field 'text', got {got}")
@@ -126,8 +132,9 @@ def _parquet(file: Path) -> Iterator[str]:
             for batch in table.iter_batches(columns=["text"]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {_reason(error)}") from error
+        raise DataError(f"{file}: cannot be read as parquet: {reason_of(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lwm_core.protocols import VisionEncoder
-    from lwm_vqgan.shards.layout import Settings
+    from lwm_core.shards.layout import Settings
 
 
 class Codes(NamedTuple):
@@ -76,7 +76,7 @@ def run_decode(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> Codes:
     from lwm_core.errors import DataError, UsageError
-    from lwm_vqgan.shards.reader import open_shards
+    from lwm_core.shards.reader import open_shards
 
     if not args.source.exists():
         raise DataError(f"{args.source}: there is no such file or folder")

@@ -10,8 +10,8 @@ from lwm_core.cli.overrides import add_overrides
 
 if TYPE_CHECKING:
     from lwm_core.protocols import VisionEncoder
+    from lwm_core.shards.layout import Settings
     from lwm_vqgan.progress import EncodeProgress
-    from lwm_vqgan.shards.layout import Settings
     from lwm_vqgan.shards.writer import ShardWriter
 
 DEFAULT_ENCODER = "vqgan"
@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[VisionEncoder, Settings]:
-    from lwm_vqgan.shards.layout import Settings
+    from lwm_core.shards.layout import Settings
 
     encoder, label, options = make_encoder(args.encoder, args.overrides)
     settings = Settings(

@@ -7,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+from lwm_core.shards import Settings
 from lwm_vqgan.media import find_sources
 from lwm_vqgan.progress import EncodeProgress
-from lwm_vqgan.shards import EncodeJob, Settings, encode_sources
+from lwm_vqgan.shards import EncodeJob, encode_sources
 
 
 def resident() -> int:

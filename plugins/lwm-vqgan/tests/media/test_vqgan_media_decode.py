@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from lwm_vqgan.shards import open_shards
+from lwm_core.shards import open_shards
 
 ENCODE = ("--encoder", "mosaic", "--quiet")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lwm_vqgan.shards import open_shards
+from lwm_core.shards import open_shards
 
 WORDS = ("--encoder", "mosaic", "-s", "frame_seconds=0.003", "--batch", "4", "--shard-frames", "12", "--quiet")
 

@@ -20,7 +20,7 @@ from PIL import Image
 from lwm_core.errors import DataError, LwmError, UsageError
 from lwm_vqgan.media import Sampling, find_sources, open_clip, preprocess
 from lwm_vqgan.media import read as reading
-from lwm_vqgan.media.sampling import at_rate, uniform
+from lwm_vqgan.media.sampling import at_rate
 
 Pixels = NDArray[np.uint8]
 
@@ -79,11 +79,6 @@ def test_it_is_what_lwm_does() -> None:
     frame = np.random.default_rng(1).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     theirs = Image.fromarray(frame).resize((320, 240)).crop((40, 0, 280, 240))
     assert (preprocess(frame, 240) == np.asarray(theirs)).all()
-
-
-def test_uniform_sampling_is_lwms() -> None:
-    assert uniform(132, 8).tolist() == [0, 18, 37, 56, 74, 93, 112, 131]
-    assert uniform(3, 8).tolist() == [0, 1, 2] and uniform(5, 1).tolist() == [0]
 
 
 @given(

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from lwm_core.errors import DataError, LwmError, UsageError
+from lwm_core.shards import Settings, open_shards
 from lwm_vqgan.media import preprocess
 from lwm_vqgan.media.files import Source
-from lwm_vqgan.shards import Settings, open_shards
 from lwm_vqgan.shards.writer import ShardWriter
 
 ENCODE = ("--encoder", "mosaic", "--quiet")

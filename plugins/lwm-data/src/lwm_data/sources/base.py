@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.batch import TokenSequence
-from lwm_data.packing import best_fit
+from lwm_data.packing import best_fit, pack_whole
 
 Key = tuple[int, ...]
 """Seed, stage, window and source: what a window's random numbers come from."""
@@ -56,6 +56,28 @@ def plan_lengths(
             yield length
 
     return [[drawn[i] for i in row] for row in best_fit(lengths(), rows, seq_len)]
+
+
+def plan_whole(
+    rows: int, seq_len: int, count: int, key: Key, draw: Callable[[np.random.Generator, int], tuple[Item, int]]
+) -> list[list[Item]]:
+    """Items of examples that are packed whole: all ``count`` of them in random order, again where they are too few.
+
+    Args:
+        draw: the item of an example by its number from 0, and its length.
+    """
+    random = generator(key)
+    drawn: list[tuple[Item, int]] = []
+    left = rows * seq_len
+    while left >= 0:
+        for number in random.permutation(count):
+            drawn.append(draw(random, int(number)))
+            left -= drawn[-1][1]
+            if left < 0:
+                break
+    packed = pack_whole([length for _, length in drawn], rows, seq_len)
+    # Rows that were filled first have the longest examples; in random order no step has more of them than another.
+    return [[drawn[i][0] for i in packed[row]] for row in random.permutation(rows)]
 
 
 def example(ids: Sequence[int] | NDArray[np.int32], learnt: NDArray[np.bool_], share: float) -> TokenSequence:

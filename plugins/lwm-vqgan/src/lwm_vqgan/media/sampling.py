@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import UsageError
+from lwm_core.frames import uniform_frames
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,10 @@ class Sampling:
             time_base: seconds a unit.
         """
         if self.frames is not None:
-            return uniform(len(times), self.frames)
+            return uniform_frames(len(times), self.frames)
         if self.fps is not None:
             return at_rate(times, end, time_base, self.fps)
         return np.arange(len(times), dtype=np.int64)
-
-
-def uniform(count: int, most: int) -> NDArray[np.int64]:
-    """``[min(count, most)]``: all, or ``linspace(0, count - 1, most)`` cut to whole numbers, as LWM's data does."""
-    if count <= most:
-        return np.arange(count, dtype=np.int64)
-    return np.linspace(0, count - 1, most, dtype=np.int64)
 
 
 def at_rate(times: NDArray[np.int64], end: int, time_base: Fraction, fps: float) -> NDArray[np.int64]:

@@ -1,7 +1,4 @@
-"""Codes of pictures and videos on disk: a folder of shards.
-
-Written so that a kill at any moment loses seconds, and read at any (video, frame) without reading the rest.
-"""
+"""Pictures and videos into a folder of codes (``lwm_core.shards``), so that a kill at any moment loses seconds."""
 
 from __future__ import annotations
 
@@ -10,19 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lwm_vqgan.shards.encode import EncodeJob, encode_sources
-    from lwm_vqgan.shards.layout import Settings, Video
-    from lwm_vqgan.shards.reader import Shards, open_shards
 
-_HOMES = {
-    "EncodeJob": "encode",
-    "Settings": "layout",
-    "Shards": "reader",
-    "Video": "layout",
-    "encode_sources": "encode",
-    "open_shards": "reader",
-}
+_HOMES = {"EncodeJob": "encode", "encode_sources": "encode"}
 
-__all__ = ["EncodeJob", "Settings", "Shards", "Video", "encode_sources", "open_shards"]
+__all__ = ["EncodeJob", "encode_sources"]
 
 
 def __getattr__(name: str) -> object:

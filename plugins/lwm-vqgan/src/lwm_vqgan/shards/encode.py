@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from lwm_core.errors import DataError, PluginError, UsageError
 from lwm_core.protocols import VisionEncoder
+from lwm_core.shards.layout import Current, Settings, Video
 from lwm_vqgan.ahead import made_ahead
 from lwm_vqgan.media.crop import preprocess
 from lwm_vqgan.media.files import Source
 from lwm_vqgan.media.read import open_clip
 from lwm_vqgan.media.sampling import Sampling
 from lwm_vqgan.progress import EncodeProgress
-from lwm_vqgan.shards.layout import Current, Settings, Video
 from lwm_vqgan.shards.writer import ShardWriter
 
 _COMMIT_SECONDS = 10.0

@@ -18,9 +18,7 @@ from safetensors.numpy import save
 
 from lwm_core.durable import write_whole
 from lwm_core.errors import DataError, UsageError
-from lwm_vqgan.media.files import Source
-from lwm_vqgan.shards.disk import append
-from lwm_vqgan.shards.layout import (
+from lwm_core.shards.layout import (
     MANIFEST,
     VIDEOS,
     Current,
@@ -32,7 +30,9 @@ from lwm_vqgan.shards.layout import (
     read_manifest,
     read_videos,
 )
-from lwm_vqgan.shards.reader import map_shard
+from lwm_core.shards.reader import map_shard
+from lwm_vqgan.media.files import Source
+from lwm_vqgan.shards.disk import append
 
 _BEGUN = frozenset({".lock", VIDEOS, f"{MANIFEST}.partial"})  # what a folder may hold whose first manifest was cut off
 _PART = re.compile(r"\d+-\d+\.safetensors|.*\.partial")

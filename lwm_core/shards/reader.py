@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import DataError, UsageError
-from lwm_vqgan.shards.layout import VIDEOS, Manifest, Shard, Video, code_dtype, read_manifest, read_videos
+from lwm_core.shards.layout import VIDEOS, Manifest, Shard, Video, code_dtype, read_manifest, read_videos
 
 _CODES = {"U16": "<u2", "I32": "<i4", "F64": "<f8"}  # safetensors' names
 _MOST_NAMED = 4

@@ -1,0 +1,145 @@
+"""Pictures and videos of a folder of codes, each with its caption: the examples that a vision source is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lwm_core.errors import ConfigError, DataError, ShapeError
+from lwm_core.shards import Shards, open_shards
+from lwm_core.vocab import Vocabulary
+from lwm_data.captions import read_captions
+from lwm_data.options import VisionOptions, unknown
+
+
+@dataclass(frozen=True)
+class ClipExample:
+    """A clip with one caption.
+
+    Args:
+        video: its number in its folder.
+        name: its name there.
+        frames: T, at least 1.
+        text, question: its caption's; empty where there is none.
+    """
+
+    video: int
+    name: str
+    frames: int
+    text: str = ""
+    question: str = ""
+
+
+def open_codes(options: VisionOptions, vocabulary: Vocabulary, base: Path, name: str) -> Shards:
+    """The folder of codes of a vision source, held against the model's vocabulary.
+
+    Raises:
+        DataError: it is no such folder, not complete, damaged or empty.
+        ShapeError: the model has no ids for its codes.
+    """
+    who = f"vision source {name!r}"
+    folder = base / Path(options.path).expanduser()
+    check_vocabulary(vocabulary, who)
+    try:
+        shards = open_shards(folder, verify=options.verify)
+    except DataError as error:
+        raise DataError(f"{who}: {error}") from None
+    settings = shards.manifest.settings
+    if settings.codes > vocabulary.vision_codes:
+        raise ShapeError(
+            f"{who}: {folder} holds codes of {settings.encoder!r}, which has {settings.codes}, but the model has ids "
+            f"for {vocabulary.vision_codes}; encode it again with an encoder of at most that many"
+        )
+    if not len(shards):
+        raise DataError(f"{who}: {folder} holds no frame; encode at least one picture or video into it")
+    return shards
+
+
+def check_vocabulary(vocabulary: Vocabulary, who: str) -> None:
+    """Raise ShapeError unless the vocabulary has vision ids."""
+    if not vocabulary.vision_size:
+        raise ShapeError(
+            f"{who}: the model has no ids for codes; set model.vision_size to what the codes and two delimiters need "
+            "(LWM: 8448)"
+        )
+
+
+def check_one_encoder(shards: Mapping[str, Shards], line_widths: Mapping[str, int]) -> None:
+    """Refuse codes of different encoders in one mix, which the model cannot tell apart.
+
+    Args:
+        shards: by vision source.
+        line_widths: codes a frame, by jsonl source.
+
+    Raises:
+        ConfigError: two sources differ in the encoder's checksum, or in codes a frame.
+    """
+    widths = {**{name: one.manifest.tokens_per_frame for name, one in shards.items()}, **line_widths}
+    made = {name: one.manifest.settings for name, one in shards.items()}
+    first = next(iter(widths), None)
+    for name in widths:
+        if widths[name] != widths[first]:
+            raise ConfigError(
+                f"data.sources: {first!r} has {widths[first]} codes a frame and {name!r} {widths[name]}; use codes of "
+                "one encoder (a jsonl source says codes_per_frame)"
+            )
+        if name in made and made[name].checksum != made[first].checksum:
+            one, other = (f"{made[n].encoder} {made[n].checksum[:12]}" for n in (first, name))
+            raise ConfigError(
+                f"data.sources: the codes of {first!r} and {name!r} are of different weights ({one}, {other}); encode "
+                "both with the same encoder"
+            )
+
+
+def clip_examples(options: VisionOptions, shards: Shards, base: Path, name: str) -> list[ClipExample]:
+    """The examples of a source: a clip for each line of its captions, or each clip alone.
+
+    Raises:
+        DataError: a clip has no frames or no caption, or a caption no clip (unless they are left out), or none is left.
+    """
+    who = f"vision source {name!r}"
+    empty = [video.name for video in shards.videos if not video.frames]
+    if empty and "no-frames" not in options.leave_out:
+        broken = shards.video(empty[0]).broken
+        raise DataError(
+            f"{who}: {_counted(empty, 'has no frames', 'have no frames')}{broken and f' ({broken})'}; encode again "
+            "without, or set leave_out = ['no-frames']"
+        )
+    numbers = {video.name: number for number, video in enumerate(shards.videos) if video.frames}
+    if options.captions is None:
+        examples = [ClipExample(number, clip, shards.videos[number].frames) for clip, number in numbers.items()]
+    else:
+        examples = _captioned(options, shards, numbers, base / Path(options.captions).expanduser(), who, set(empty))
+    if not examples:
+        raise DataError(f"{who}: no example is left; its captions are of none of the clips in {shards.folder}")
+    return examples
+
+
+def _captioned(
+    options: VisionOptions, shards: Shards, numbers: dict[str, int], file: Path, who: str, empty: set[str]
+) -> list[ClipExample]:
+    captions = [caption for caption in read_captions(file, who) if caption.name not in empty]
+    strange = [caption for caption in captions if caption.name not in numbers]
+    if strange and "no-clip" not in options.leave_out:
+        raise DataError(
+            f"{who}: {file}:{strange[0].line}: {unknown('clip', strange[0].name, list(numbers)[:1000])} in "
+            f"{shards.folder}; {len(strange)} line(s) are so: mend them, or set leave_out = ['no-clip']"
+        )
+    named = {caption.name for caption in captions}
+    missing = [clip for clip in numbers if clip not in named]
+    if missing and "no-caption" not in options.leave_out:
+        raise DataError(
+            f"{who}: {_counted(missing, 'has no caption', 'have no caption')} in {file}; add them, or set leave_out = "
+            "['no-caption']"
+        )
+    return [
+        ClipExample(number, caption.name, shards.videos[number].frames, caption.text, caption.question)
+        for caption in captions
+        if (number := numbers.get(caption.name)) is not None
+    ]
+
+
+def _counted(names: Sequence[str], one: str, more: str) -> str:
+    """``clip 'a' has ...`` or ``3 clips, 'a' the first, have ...``."""
+    return f"clip {names[0]!r} {one}" if len(names) == 1 else f"{len(names)} clips, {names[0]!r} the first, {more}"
