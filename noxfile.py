@@ -27,11 +27,13 @@ TPU_COMPILER = "libtpu"  # compiles for real TPUs on any machine; it needs none
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", "transformers", "diffusers",
               TPU_COMPILER)  # fmt: skip
 SIDE_BY_SIDE = ("-n", "auto", "--dist", "loadscope")  # a kit's class stays in one process, with what it has compiled
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=200"  # a host that stands for 8 devices is slow
 ON_CPU = {
     "OMP_NUM_THREADS": "1",  # as many test processes as cores: Torch's threads would spin in each other's way
     "JAX_PLATFORMS": "cpu",  # else every process that imports JAX would load the TPU's compiler
-    "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=200",  # a host that stands for 8 devices is slow
+    "XLA_FLAGS": PATIENT,
 }
+QUICKLY_COMPILED = {"XLA_FLAGS": f"{PATIENT} --xla_backend_optimization_level=0"}  # most programs of a test run once
 LINT_TOOLS = ("ruff", "mypy", "import-linter", "pytest")
 BENCHMARKS = {
     "attention-cpu": "jax-ring beside PyPI's ringattention: S=8192, float32, causal, on 4 host devices",
@@ -85,7 +87,7 @@ def quickstart_torch(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The tests of the repository in one pytest; arguments after ``--`` go to pytest (``-n 0``: in one process)."""
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
-    session.run("pytest", *SIDE_BY_SIDE, *session.posargs, env=ON_CPU)
+    session.run("pytest", *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | QUICKLY_COMPILED)
 
 
 @nox.session
