@@ -28,7 +28,7 @@ from lwm_torch_ring.attention.strategies import make_kernel
 from lwm_torch_ring.generate.cache import PAGE, LayerCache
 from lwm_torch_ring.generate.decode import AttendOne, Decoding
 from lwm_torch_ring.generate.reading import one_query, over_cache
-from lwm_torch_ring.generate.sample import sample
+from lwm_torch_ring.generate.sample import guide, sample
 from lwm_torch_ring.model.llama import Compute
 from lwm_torch_ring.model.rope import RopeTables, rope_tables
 
@@ -242,16 +242,19 @@ class Draw:
 
     Args:
         sampling: how.
-        ids: of its modality.
+        ids: those that are drawn from.
         prompts: of all data ranks.
+        guided: rows are pairs, a conditional one and its unconditional one, for which one token is drawn.
     """
 
-    def __init__(self, sampling: SamplingSpec, ids: slice, prompts: int) -> None:
-        self._sampling, self._ids, self._prompts = sampling, ids, prompts
+    def __init__(self, sampling: SamplingSpec, ids: slice, prompts: int, guided: bool = False) -> None:
+        self._sampling, self._ids, self._prompts, self._guided = sampling, ids, prompts, guided
         self._random = torch.Generator().manual_seed(sampling.seed)
 
     def tokens(self, logits: Tensor, first: int) -> Tensor:
-        """``[B]`` ids for ``logits [B,V]``, whose first row is row ``first`` of the call."""
+        """``[B]`` ids for ``logits [B,V]``, whose first row is row ``first`` of the call; of pairs one id each."""
+        if self._guided:
+            logits, first = guide(logits, self._sampling.guidance), first // 2
         if self._sampling.temperature == 0.0:
             return sample(logits[:, self._ids], logits[:, 0], self._sampling) + self._ids.start
         uniform = torch.rand(self._prompts, generator=self._random)
