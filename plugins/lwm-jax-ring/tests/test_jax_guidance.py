@@ -6,6 +6,7 @@ Shapes: N tokens, V ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ from jax_cases import ROPE
 
 from lwm_core.batch import TokenSequence, pack_rows
 from lwm_core.errors import ShapeError, UnsupportedError
+from lwm_core.frames import frame_codes
 from lwm_core.model import preset
 from lwm_core.protocols import SamplingSpec
 from lwm_core.reference import llama_logits
+from lwm_core.run.vision import ClipWriter, VisionPrompt, _seed
 from lwm_core.vocab import Vocabulary
 
 CODES = (100, 116)
@@ -82,7 +85,7 @@ def oracle(parameters: Any, ids: list[int]) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("mesh", "count"), [("1,1,1,1", 1), ("2,1,1,2", 4)])
+@pytest.mark.parametrize(("mesh", "count"), [("1,1,1,1", 1), pytest.param("2,1,1,2", 4, marks=pytest.mark.slow)])
 def test_a_scale_is_the_oracles(mesh: str, count: int, on_mesh: Callable[..., Model], alone: Model) -> None:
     """On one device, and where each of two data ranks holds a pair whose tokens lie on two devices."""
     model = alone if count == 1 else on_mesh(mesh, count)
@@ -119,6 +122,21 @@ def test_turns_go_on_as_one_prompt_would(alone: Model) -> None:
     anew.read([*CONDITIONAL, *first, 116, 7, 8, 9], [*UNCONDITIONAL, *first, 116, 2])
     assert then == list(anew.stream(vision(4, guidance=2.0, **DRAWN)))
     assert list(session.tokens) == [*CONDITIONAL, *first, 116, 7, 8, 9, *then]
+
+
+def test_a_clip_goes_on_after_its_first_frame_as_from_anew(alone: Model) -> None:
+    """Guided first, then not, in one session: each 5th token is a delimiter, and nothing is lost on the way."""
+    vocabulary = Vocabulary(100, 20, 16)
+    writer = ClipWriter(alone.generator, vocabulary, 4)
+    writer.begin(VisionPrompt(tuple(CONDITIONAL), tuple(UNCONDITIONAL)), guided=True, frames=3)
+    first, later = SamplingSpec(temperature=1.0, guidance=5.0, seed=2), SamplingSpec(temperature=1.0, top_k=5, seed=2)
+    codes = [*writer.write(1, first), *writer.write(2, later)]
+    clip = writer.end()[len(CONDITIONAL) :]
+    assert [clip[at] for at in (4, 9, 14)] == [vocabulary.eof, vocabulary.eof, vocabulary.eov] and len(clip) == 15
+    assert np.array_equal(frame_codes(np.array(clip), vocabulary, 4), np.stack(codes))
+    anew = unguided(alone, [*CONDITIONAL, *clip[:10]])
+    asked = replace(later, max_new_tokens=4, modality="vision", ids=CODES, seed=_seed(2, 2))
+    assert list(anew.stream(asked)) == clip[10:14]
 
 
 def test_codes_alone_are_drawn_whatever_is_likely(on_mesh: Callable[..., Model]) -> None:

@@ -6,6 +6,7 @@ Shapes: N tokens, V ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,11 @@ from torch_cases import ROPE, make_trainer, model
 
 from lwm_core.batch import TokenSequence, pack_rows
 from lwm_core.errors import LwmError, ShapeError, UnsupportedError
+from lwm_core.frames import frame_codes
 from lwm_core.protocols import SamplingSpec
 from lwm_core.reference import llama_logits
+from lwm_core.run.vision import ClipWriter, VisionPrompt, _seed
+from lwm_core.vocab import Vocabulary
 
 CODES = (100, 116)
 CONDITIONAL, UNCONDITIONAL = np.random.default_rng(1).integers(0, 100, 23).tolist(), [3, 5]
@@ -104,6 +108,21 @@ def test_turns_go_on_as_one_prompt_would(how: dict[str, Any], alone: Model) -> N
     anew.read([*CONDITIONAL, *first, 116, 7, 8, 9], [*UNCONDITIONAL, *first, 116, 2])
     assert then == list(anew.stream(vision(4, guidance=2.0, **how)))
     assert list(session.tokens) == [*CONDITIONAL, *first, 116, 7, 8, 9, *then]
+
+
+def test_a_clip_goes_on_after_its_first_frame_as_from_anew(alone: Model) -> None:
+    """Guided first, then not, in one session: each 5th token is a delimiter, and nothing is lost on the way."""
+    vocabulary = Vocabulary(100, 20, 16)
+    writer = ClipWriter(alone.generator, vocabulary, 4)
+    writer.begin(VisionPrompt(tuple(CONDITIONAL), tuple(UNCONDITIONAL)), guided=True, frames=3)
+    first, later = SamplingSpec(temperature=1.0, guidance=5.0, seed=2), SamplingSpec(temperature=1.0, top_k=5, seed=2)
+    codes = [*writer.write(1, first), *writer.write(2, later)]
+    clip = writer.end()[len(CONDITIONAL) :]
+    assert [clip[at] for at in (4, 9, 14)] == [vocabulary.eof, vocabulary.eof, vocabulary.eov] and len(clip) == 15
+    assert np.array_equal(frame_codes(np.array(clip), vocabulary, 4), np.stack(codes))
+    anew = unguided(alone, [*CONDITIONAL, *clip[:10]])
+    asked = replace(later, max_new_tokens=4, modality="vision", ids=CODES, seed=_seed(2, 2))
+    assert list(anew.stream(asked)) == clip[10:14]
 
 
 def test_codes_alone_are_drawn_whatever_is_likely() -> None:
