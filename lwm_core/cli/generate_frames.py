@@ -142,6 +142,8 @@ def _write(args: argparse.Namespace, opened: Reopened, model: Model, media: Medi
     read_seconds = time.perf_counter() - began
     shown = _Shown(frames, encoder.codes_per_frame)
     for count, sampling in samplings:
+        if not needs_guidance(sampling):
+            writer.unguide()
         for _ in writer.write(count, sampling, shown.note):
             pass
     seconds = shown.close()

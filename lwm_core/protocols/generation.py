@@ -119,6 +119,14 @@ class Session(Protocol):
         """
         ...
 
+    def unguide(self) -> None:
+        """Go on without the unconditional row, if there is one, and give back what it took; nothing is read again.
+
+        Raises:
+            LwmError: the session was closed.
+        """
+        ...
+
     def close(self) -> None:
         """Drop the cache."""
         ...

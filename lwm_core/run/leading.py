@@ -196,6 +196,8 @@ class _Hands:
                 self._open[number] = self._generator.session(guided=guided)
             case ["read", number, tokens, unconditional, expected]:
                 self._open[number].read(tokens, unconditional, expected=expected)
+            case ["unguide", number]:
+                self._open[number].unguide()
             case ["write", number, session, sampling]:
                 self._open[number] = self._open[session].stream(_sampling(sampling))
             case ["parameters", number]:
@@ -253,6 +255,10 @@ class _LeadSession:
         for token in self._leader.stream("write", self._usable(), asdict(sampling)):
             self._tokens.append(token)
             yield token
+
+    def unguide(self) -> None:
+        """Go on without the unconditional row."""
+        self._leader.order("unguide", self._usable())
 
     def close(self) -> None:
         """Drop the cache on every rank, with the next order."""

@@ -132,6 +132,10 @@ class ClipWriter:
             self._frames.append(codes.astype(np.int32))
             yield self._frames[-1]
 
+    def unguide(self) -> None:
+        """The frames to come are drawn without guidance: the second row goes, and what it took."""
+        self._session.unguide()
+
     def end(self) -> list[int]:
         """End the clip with ``eov``; all tokens of the session. Whoever reads on from here needs it."""
         if not self._frames:
@@ -176,9 +180,12 @@ def write_clip(
     prompt = vision_prompt(kind or ("image" if frames == 1 else "video"), text, tokenizer)
     with closing(writer):
         writer.begin(prompt, guided=needs_guidance(first, *[later][: frames - 1]), frames=frames)
-        for count, sampling in ((1, first), (frames - 1, replace(later, seed=first.seed))):
-            for _ in writer.write(count, sampling):
-                pass
+        for _ in writer.write(1, first):
+            pass
+        if frames > 1 and not needs_guidance(later):
+            writer.unguide()
+        for _ in writer.write(frames - 1, replace(later, seed=first.seed)):
+            pass
         return writer.codes
 
 

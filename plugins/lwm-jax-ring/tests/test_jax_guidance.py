@@ -99,6 +99,9 @@ def test_a_scale_is_the_oracles(mesh: str, count: int, on_mesh: Callable[..., Mo
             new.append(token)
         assert len(new) == 6 and list(session.tokens) == CONDITIONAL + new
         written.append(new)
+    session.unguide()
+    read = list(session.tokens)
+    assert list(session.stream(vision(2))) == list(unguided(model, read).stream(vision(2)))
     assert len(set(map(tuple, written))) == len(written), "scales differ"
 
 
@@ -125,12 +128,14 @@ def test_turns_go_on_as_one_prompt_would(alone: Model) -> None:
 
 
 def test_a_clip_goes_on_after_its_first_frame_as_from_anew(alone: Model) -> None:
-    """Guided first, then not, in one session: each 5th token is a delimiter, and nothing is lost on the way."""
+    """Guided, then not, then without the second row, in one session: each 5th token is a delimiter, nothing is lost."""
     vocabulary = Vocabulary(100, 20, 16)
     writer = ClipWriter(alone.generator, vocabulary, 4)
     writer.begin(VisionPrompt(tuple(CONDITIONAL), tuple(UNCONDITIONAL)), guided=True, frames=3)
     first, later = SamplingSpec(temperature=1.0, guidance=5.0, seed=2), SamplingSpec(temperature=1.0, top_k=5, seed=2)
-    codes = [*writer.write(1, first), *writer.write(2, later)]
+    codes = [*writer.write(1, first), *writer.write(1, later)]
+    writer.unguide()
+    codes += writer.write(1, later)
     clip = writer.end()[len(CONDITIONAL) :]
     assert [clip[at] for at in (4, 9, 14)] == [vocabulary.eof, vocabulary.eof, vocabulary.eov] and len(clip) == 15
     assert np.array_equal(frame_codes(np.array(clip), vocabulary, 4), np.stack(codes))
@@ -157,6 +162,7 @@ def test_codes_alone_are_drawn_whatever_is_likely(on_mesh: Callable[..., Model])
 def test_wrong_use_is_told(alone: Model) -> None:
     model, generator = alone, alone.generator
     plain = unguided(model, CONDITIONAL)
+    plain.unguide()
     with pytest.raises(UnsupportedError, match="no unconditional row; open session"):
         plain.read([1], [2])
     for ask in (lambda s: generator.generate([[1]], s), lambda s: list(generator.stream([1], s)), plain.stream):

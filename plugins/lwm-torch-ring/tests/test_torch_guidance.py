@@ -96,6 +96,22 @@ def test_scale_1_is_conditional_and_scale_0_is_unconditional(cache: str, how: di
         assert told == list(model.generator.stream(prompt, vision(**how)))
 
 
+@pytest.mark.parametrize("cache", ["compute", "int8"])
+def test_without_its_second_row_a_session_is_as_if_it_had_none(cache: str) -> None:
+    """Over full pages, which are kept in eight bits, and a last one that is not full; a token is not read yet."""
+    model, prompt = noisy(cache=cache, read_chunk=64), CONDITIONAL * 7
+    pair, plain = model.generator.session(guided=True), unguided(model, prompt)
+    pair.read(prompt, UNCONDITIONAL)
+    for _ in range(2):
+        assert list(pair.stream(vision(3))) == list(plain.stream(vision(3)))
+        pair.unguide()
+        for session in (pair, plain):
+            session.read([7, 8])
+    assert pair._row._rows._layers[0].used == [len(prompt) + 5 + 5]
+    with pytest.raises(UnsupportedError, match="guidance is 2"):
+        pair.stream(vision(guidance=2.0))
+
+
 @pytest.mark.parametrize("how", [{}, DRAWN])
 def test_turns_go_on_as_one_prompt_would(how: dict[str, Any], alone: Model) -> None:
     """With other settings, with what both rows read, and with what one reads alone; nothing is read again."""
@@ -111,12 +127,14 @@ def test_turns_go_on_as_one_prompt_would(how: dict[str, Any], alone: Model) -> N
 
 
 def test_a_clip_goes_on_after_its_first_frame_as_from_anew(alone: Model) -> None:
-    """Guided first, then not, in one session: each 5th token is a delimiter, and nothing is lost on the way."""
+    """Guided, then not, then without the second row, in one session: each 5th token is a delimiter, nothing is lost."""
     vocabulary = Vocabulary(100, 20, 16)
     writer = ClipWriter(alone.generator, vocabulary, 4)
     writer.begin(VisionPrompt(tuple(CONDITIONAL), tuple(UNCONDITIONAL)), guided=True, frames=3)
     first, later = SamplingSpec(temperature=1.0, guidance=5.0, seed=2), SamplingSpec(temperature=1.0, top_k=5, seed=2)
-    codes = [*writer.write(1, first), *writer.write(2, later)]
+    codes = [*writer.write(1, first), *writer.write(1, later)]
+    writer.unguide()
+    codes += writer.write(1, later)
     clip = writer.end()[len(CONDITIONAL) :]
     assert [clip[at] for at in (4, 9, 14)] == [vocabulary.eof, vocabulary.eof, vocabulary.eov] and len(clip) == 15
     assert np.array_equal(frame_codes(np.array(clip), vocabulary, 4), np.stack(codes))
@@ -143,6 +161,7 @@ def test_codes_alone_are_drawn_whatever_is_likely() -> None:
 
 def test_wrong_use_is_told(alone: Model) -> None:
     generator, plain = alone.generator, unguided(alone, CONDITIONAL)
+    plain.unguide()
     with pytest.raises(UnsupportedError, match="no unconditional row; open session"):
         plain.read([1], [2])
     for ask in (lambda s: generator.generate([[1]], s), lambda s: list(generator.stream([1], s)), plain.stream):

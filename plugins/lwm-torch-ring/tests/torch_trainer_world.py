@@ -82,7 +82,9 @@ def guided(generator: Any) -> list[int]:
     session.read(PROMPTS[1], PROMPTS[0])
     told = list(session.stream(SamplingSpec(3, guidance=3.0)))
     session.read([7])
-    return [*told, *session.stream(SamplingSpec(3, temperature=0.9, seed=3, guidance=-2.0))]
+    told += session.stream(SamplingSpec(3, temperature=0.9, seed=3, guidance=-2.0))
+    session.unguide()
+    return [*told, *session.stream(SamplingSpec(3))]
 
 
 def converse(trainer: TorchTrainer, case: dict[str, Any]) -> Any:

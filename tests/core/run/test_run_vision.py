@@ -50,6 +50,9 @@ class Painter:
             self.tokens.append(token)
             yield token
 
+    def unguide(self) -> None:
+        self.guided.append(False)
+
     def close(self) -> None:
         self.closed = True
 
@@ -123,7 +126,8 @@ def test_a_second_row_is_there_where_it_is_needed_alone(first: float, later: flo
     painter = Painter()
     samplings = replace(FIRST, guidance=first), replace(LATER, guidance=later)
     write_clip(painter, BYTES, VOCABULARY, 4, "x", frames, first=samplings[0], later=samplings[1])  # type: ignore[arg-type]
-    assert painter.guided == [guided] and (painter.reads[0][1] is not None) == guided and painter.closed
+    assert painter.guided == [guided] + [False] * (later == 1.0 and frames > 1) and painter.closed
+    assert (painter.reads[0][1] is not None) == guided
     assert needs_guidance(*samplings[:frames]) == guided
 
 

@@ -114,6 +114,21 @@ class Programs:
             layers[number] = wider(layer)
         return Cache(tuple(layers), held, tail_held)
 
+    def conditional(self, cache: Cache | None, ends: jax.Array) -> tuple[Cache | None, jax.Array]:
+        """Of pairs of rows the first of each, by themselves; no more than a layer is there twice."""
+
+        def firsts(tree: Any, specs: Any) -> Any:
+            return jax.jit(self._local(lambda own: jax.tree.map(lambda x: x[0::2], own), (specs,), specs))(tree)
+
+        ends = firsts(ends, P(ROWS, None))
+        if cache is None:
+            return None, ends
+        layers, (held, tail_held) = list(cache.layers), firsts((cache.held, cache.tail_held), (HELD, TAIL_HELD))
+        del cache
+        for number, layer in enumerate(layers):
+            layers[number] = firsts(layer, layer_specs(self.kind))
+        return Cache(tuple(layers), held, tail_held), ends
+
     def _flush(self, cache: Cache, fill: jax.Array, turn: jax.Array) -> Cache:
         """The tail as a page of rank ``turn``, and an empty tail."""
 

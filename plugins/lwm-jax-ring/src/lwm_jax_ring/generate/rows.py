@@ -135,6 +135,15 @@ class Rows:
         )  # fmt: skip
         self._tail += longest
 
+    def unguide(self) -> None:
+        """Of pairs, keep the conditional rows alone."""
+        if not self._guided:
+            return
+        with self._working():
+            cache, self._cache = self._cache, None
+            self._cache, self._ends = self._programs.conditional(cache, self._ends)
+            self.count, self.lengths, self._guided = self.count // 2, self.lengths[0::2], False
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, sampling: SamplingSpec) -> Iterator[list[int]]:

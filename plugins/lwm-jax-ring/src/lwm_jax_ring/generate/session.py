@@ -77,6 +77,11 @@ class JaxSession:
             raise LwmError("generate: this session was closed; open another")
         return self._rows
 
+    def unguide(self) -> None:
+        """Go on without the unconditional row; see ``lwm_core.protocols.Session``."""
+        self._open().unguide()
+        self._texts, self._guided = self._texts[:1], False
+
     def close(self) -> None:
         """Drop the cache."""
         self._rows = None

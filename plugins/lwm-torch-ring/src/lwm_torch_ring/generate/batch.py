@@ -187,6 +187,15 @@ class Rows:
             self._tables = {size: rope_tables(t.stage.rope, t.context.model.head_dim, size, t.device)}
         return self._tables[size]
 
+    def keep(self, rows: slice) -> None:
+        """Drop all rows but these."""
+        for layer in self._layers:
+            layer.k.keep(rows)
+            layer.v.keep(rows)
+        self._cached = [used[rows] for used in self._cached]
+        self.lengths = self.lengths[rows]
+        self.count = len(self.lengths)
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, tokens: Sequence[int]) -> Tensor:

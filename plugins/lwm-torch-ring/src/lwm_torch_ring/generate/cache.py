@@ -86,6 +86,14 @@ class Rows:
         self._codes[row, :, page] = (wide / scale).round().to(torch.int8)
         self._scales[row, :, page] = scale
 
+    def keep(self, rows: slice) -> None:
+        """Drop all rows but these."""
+        self.used = self.used[rows]
+        if self._plain is not None:
+            self._plain = self._plain[rows].clone()
+        if self._codes is not None and self._scales is not None:
+            self._codes, self._scales = self._codes[rows].clone(), self._scales[rows].clone()
+
     def whole(self, slots: int, rows: slice = slice(None)) -> Tensor:
         """``[B, slots, K, D]``, a view of heads first in the dtype that came; of a row with fewer slots in use the rest
         means nothing."""

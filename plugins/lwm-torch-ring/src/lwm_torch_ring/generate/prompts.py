@@ -50,6 +50,14 @@ class Prompts:
             else:
                 self._logits = self._rows.read(mine, longest)
 
+    def keep_firsts(self) -> None:
+        """Of each group of rows, keep the first alone."""
+        self._rows.keep(slice(0, None, self._group))
+        if self._logits is not None:
+            self._logits = self._logits[:: self._group]
+        self.count, self._share, self._first = (size // self._group for size in (self.count, self._share, self._first))
+        self._group = 1
+
     def draw(self, draw: Draw) -> list[int]:
         """A token that may follow each row, or each pair, as the first rank of each data rank drew it; not read yet."""
         assert self._logits is not None

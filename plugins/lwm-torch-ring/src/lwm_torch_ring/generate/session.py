@@ -82,6 +82,14 @@ class TorchSession:
             raise LwmError("generate: this session was closed; open another")
         return self._row
 
+    def unguide(self) -> None:
+        """Go on without the unconditional row; see ``lwm_core.protocols.Session``."""
+        row = self._usable()
+        if self._guided:
+            row.keep_firsts()
+            self._turn += 1
+            self._texts, self._cached, self._guided = self._texts[:1], self._cached[:1], False
+
     def close(self) -> None:
         """Drop the cache."""
         self._row = None
