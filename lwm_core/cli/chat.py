@@ -1,11 +1,11 @@
-"""``lwm chat DIR``: ask a run's model, one line a question; document and earlier turns stay in its cache."""
+"""``lwm chat DIR``: ask a run's model, one line a question; what it is shown and earlier turns stay in its cache."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,18 @@ from lwm_core.cli.sampling import add_sampling, check_sampling, sampling_of, say
 if TYPE_CHECKING:
     from types import FrameType
 
+    from lwm_core.protocols import MediaClip
     from lwm_core.run import Model, Reopened
     from lwm_core.run.conversation import Answer, Template
 
 PROMPT = "you> "
+FRAMES = 8  # of a video, as LWM's vision chat takes
 
 DETAILS = """
-A line that is /quit, or Ctrl-D, ends the chat. /reset forgets the questions and answers so far; a document is kept, and
+Pictures and video come first, then the document, then the questions, so that each is read once however much is asked.
+They are encoded by the run's [encoder].
+
+A line that is /quit, or Ctrl-D, ends the chat. /reset forgets the questions and answers so far; what came first is
 read again. Ctrl-C stops the answer, which stays as far as it came; a second one before the next question ends the chat.
 
 The template lwm frames a question in the words that the needle task trains on, 'You are a helpful assistant. USER: ...
@@ -36,6 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("chat", help="ask a run's model questions", description=__doc__, epilog=DETAILS)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
     parser.add_argument("--document", metavar="FILE", type=Path, help="read this text first, UTF-8")
+    parser.add_argument("--image", dest="shown", action="append", default=[], type=_image, metavar="FILE",
+                        help="show this picture first; repeatable")  # fmt: skip
+    parser.add_argument("--video", dest="shown", action="append", type=_video, metavar="FILE",
+                        help="show frames of this video first; repeatable")  # fmt: skip
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--frames", type=int, metavar="N", help=f"at most N frames a video, evenly spaced ({FRAMES})")
+    which.add_argument("--fps", type=float, metavar="N", help="N frames a second of it instead")
     parser.add_argument("--template", default="lwm", metavar="NAME|TEXT", help="what stands around a question: lwm, "
                         "plain, or a text with {question} in it (lwm)")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="what stands before all else (the template's)")
@@ -54,10 +66,46 @@ def run_chat(args: argparse.Namespace) -> int:
     check_sampling(args)
     template = make_template(args.template, args.system)
     document = None if args.document is None else _read(args.document)
+    clips = _clips(args)
     opened = reopen(args.folder, args.overrides)
     with CtrlC.heard(follows=opened.trainer.processes.rank > 0) as ctrl_c:
-        lead(opened.trainer, lambda model: Chat(args, opened, model, ctrl_c).run(template, document))
+        lead(opened.trainer, lambda model: Chat(args, opened, model, ctrl_c).run(template, document, clips))
     return 0
+
+
+def _image(text: str) -> tuple[str, Path]:
+    return "image", Path(text)
+
+
+def _video(text: str) -> tuple[str, Path]:
+    return "video", Path(text)
+
+
+def _clips(args: argparse.Namespace) -> list[MediaClip]:
+    """What is shown, looked through but not decoded yet: before the model is loaded."""
+    from lwm_core.cli.pictures import make_media
+    from lwm_core.cli.sampling import check_options
+    from lwm_core.errors import UsageError
+
+    given = args.frames is not None or args.fps is not None
+    if given and "video" not in [kind for kind, _ in args.shown]:
+        raise UsageError(
+            "--frames and --fps say which frames of a --video are taken, but there is none; leave them out"
+        )
+    rows = [("frames", args.frames is None or args.frames > 0, "at least 1"),
+            ("fps", args.fps is None or 0 < args.fps < float("inf"), "a number above 0")]  # fmt: skip
+    check_options(args, rows)
+    if not args.shown:
+        return []
+    media, clips = make_media(args), []
+    frames = FRAMES if not given else args.frames
+    for kind, path in args.shown:
+        clip = media.open(path, frames=frames, fps=args.fps) if kind == "video" else media.open(path)
+        if clip.still != (kind == "image"):
+            is_one = "picture; name it with --image" if clip.still else "video; name it with --video"
+            raise UsageError(f"{path}: is a {is_one}")
+        clips.append(clip)
+    return clips
 
 
 def _read(path: Path) -> str:
@@ -113,7 +161,7 @@ class Chat:
         self._typed = sys.stdin.isatty()
         self._longest = opened.stage.seq_len
 
-    def run(self, template: Template, document: str | None) -> None:
+    def run(self, template: Template, document: str | None, clips: Sequence[MediaClip] = ()) -> None:
         """Until the questions end."""
         from dataclasses import replace
 
@@ -121,7 +169,8 @@ class Chat:
 
         tokenizer = self._opened.pipeline.tokenizer
         sampling = sampling_of(self._args, tokenizer)
-        conversation = Conversation(self._model.generator(), tokenizer, template, document)
+        shown = self._shown(clips) if clips else ()
+        conversation = Conversation(self._model.generator(), tokenizer, template, document, shown)
         self._begin(conversation.begin())
         for question in self._questions():
             if question == "/reset":
@@ -131,8 +180,26 @@ class Chat:
             sampling = replace(sampling, seed=sampling.seed + 1)
             self._tell(question, answer)
 
+    def _shown(self, clips: Sequence[MediaClip]) -> list[int]:
+        """Ids of pictures and videos."""
+        import time
+
+        from lwm_core.cli.pictures import encoded, make_encoder
+        from lwm_core.run.vision import vision_block
+
+        pipeline, encoder, ids = self._opened.pipeline, make_encoder(self._opened), []
+        for clip in clips:
+            began = time.perf_counter()
+            codes = encoded(clip, encoder)
+            seconds = max(time.perf_counter() - began, 1e-9)
+            ids += vision_block(codes, pipeline.model.vocabulary, pipeline.tokenizer)
+            if not self._args.json:
+                frames = f"{len(codes)} frame{'' if len(codes) == 1 else 's'}"
+                say_aside(f"{clip.path}: {frames} encoded in {seconds:.1f} s · {len(codes) / seconds:,.1f} frames/s")
+        return ids
+
     def _begin(self, parts: Iterator[tuple[int, int]]) -> None:
-        """Read the document, if there is one, and tell how far it is."""
+        """Read what comes before the questions, if anything does, and tell how far it is."""
         import time
 
         from lwm_core.progress import clock
@@ -151,7 +218,9 @@ class Chat:
             print("\r\033[K", end="", file=sys.stderr)
         if total and not self._args.json:
             seconds = max(time.perf_counter() - began, 1e-9)
-            say_aside(f"{self._args.document}: {total:,} tokens read in {seconds:.1f} s · {total / seconds:,.0f} tok/s")
+            files = [*(path for _, path in self._args.shown), *filter(None, [self._args.document])]
+            names = ", ".join(map(str, files))
+            say_aside(f"{names}: {total:,} tokens read in {seconds:.1f} s · {total / seconds:,.0f} tok/s")
 
     def _questions(self) -> Iterator[str]:
         """Each line that is a question or ``/reset``, to the end or ``/quit``."""

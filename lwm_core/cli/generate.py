@@ -1,4 +1,4 @@
-"""``lwm generate DIR text``: continue a prompt with a run's model, printed as it is written."""
+"""``lwm generate DIR text|image|video``: what a run's model writes; here text, printed as it is written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.generate_frames import add_frames
 from lwm_core.cli.overrides import add_overrides
 from lwm_core.cli.sampling import add_sampling, check_sampling, sampling_of, say_aside
 
@@ -17,14 +18,19 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb to the ``lwm`` command."""
-    parser = subparsers.add_parser("generate", help="write with a run's model", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
-    parser.add_argument("modality", choices=("text",), help="what to write")
+    top = subparsers.add_parser(
+        "generate", help="write text, a picture or a video with a run's model",
+        description="Write with a run's model: text, a picture or a video.",
+    )  # fmt: skip
+    top.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
+    modalities = top.add_subparsers(dest="modality", metavar="text|image|video", required=True, help="what to write")
+    parser = modalities.add_parser("text", help="continue a prompt", description="Continue a prompt.")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; - reads standard input")
     add_sampling(parser)
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="print {prompt, text, tokens, tokens_per_second, source}")
     parser.set_defaults(run=run_generate)
+    add_frames(modalities)
 
 
 def run_generate(args: argparse.Namespace) -> int:

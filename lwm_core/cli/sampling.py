@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,16 +26,22 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def check_sampling(args: argparse.Namespace) -> None:
     """Raise UsageError for an option that makes no sense."""
-    from lwm_core.errors import UsageError
-
-    for name, good, expected in (
+    rows = [
         ("max-new-tokens", args.max_new_tokens > 0, "at least 1"),
         ("temperature", args.temperature >= 0, "0 or more"),
         ("top-k", args.top_k >= 0, "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
         ("min-p", 0 <= args.min_p <= 1, "from 0 to 1"),
         ("stop", all(args.stop), "a text"),
-    ):
+    ]
+    check_options(args, rows)
+
+
+def check_options(args: argparse.Namespace, rows: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise UsageError for the first of (option, whether it is good, what was expected) that is not."""
+    from lwm_core.errors import UsageError
+
+    for name, good, expected in rows:
         if not good:
             raise UsageError(f"--{name} is {getattr(args, name.replace('-', '_'))!r}; expected {expected}")
 

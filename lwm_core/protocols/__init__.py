@@ -19,6 +19,7 @@ from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
 from lwm_core.protocols.encoder import EncoderContext, VisionEncoder
 from lwm_core.protocols.evaluation import EvalContext, EvalSuite
 from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer, Session
+from lwm_core.protocols.media import Media, MediaClip
 from lwm_core.protocols.processes import ALONE, Processes, SoleProcess
 from lwm_core.protocols.schedule import ContextSchedule, Stage, StartModel
 from lwm_core.protocols.tokenizer import Tokenizer, TokenizerContext
@@ -37,6 +38,8 @@ __all__ = [
     "TokenizerContext",
     "VisionEncoder",
     "EncoderContext",
+    "Media",
+    "MediaClip",
     "Stage",
     "ContextSchedule",
     "StartModel",

@@ -17,6 +17,7 @@ KNOWN: Mapping[tuple[str, str], str] = MappingProxyType(
         ("data", "mix"): "lwm-data",
         ("eval", "needle"): "lwm-evals",
         ("encoder", "vqgan"): "lwm-vqgan",
+        ("media", "files"): "lwm-vqgan",
         ("weights", "tiny-base"): "lwm-tiny-base",
         ("hooks", "report"): "lwm-evals",
         ("hooks", "tensorboard"): "lwm-tensorboard",

@@ -21,7 +21,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
     {
         kind: f"lwm.{kind}.v1"
         for kind in (
-            "attention", "tokenizer", "encoder", "trainer", "context", "data", "eval", "weights", "hooks", "cli",
+            "attention", "tokenizer", "encoder", "media", "trainer", "context", "data", "eval", "weights", "hooks",
+            "cli",
         )
     }
 )  # fmt: skip

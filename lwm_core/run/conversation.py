@@ -29,6 +29,7 @@ class Template:
         after: between a question and its answer.
         document: before a document, and between it and the first question.
         after_document: what ``after`` is where there is a document.
+        shown: between pictures or video and the first question, where there is no document.
     """
 
     system: str = ""
@@ -36,13 +37,15 @@ class Template:
     after: str = ""
     document: tuple[str, str] = ("", "")
     after_document: str = ""
+    shown: str = ""
 
 
 TEMPLATES = {
-    "lwm": Template("You are a helpful assistant.", " USER: ", " ASSISTANT:", (" USER: ", " "), PROMPT_END),
+    "lwm": Template("You are a helpful assistant.", " USER: ", " ASSISTANT:", (" USER: ", " "), PROMPT_END, "\n"),
     "plain": Template(),
 }
-"""``lwm`` has the words that the needle task trains on (``lwm_core.needles``); ``plain`` has none."""
+"""``lwm`` has the words that the needle task trains on (``lwm_core.needles``); ``plain`` has none. What is shown
+stands before the first question, where LWM's own chat has it after: so it is read once, whatever is asked."""
 
 
 def make_template(told: str, system: str | None = None) -> Template:
@@ -61,7 +64,7 @@ def make_template(told: str, system: str | None = None) -> Template:
             names = ", ".join(TEMPLATES)
             raise UsageError(f"--template is {told!r}; expected {names}, or a text with {QUESTION} in it once")
         before, after = told.split(QUESTION)
-        made = Template("", before, after, ("", before), after)
+        made = Template("", before, after, ("", before), after, before)
     return made if system is None else replace(made, system=system)
 
 
@@ -105,22 +108,24 @@ class Answer:
 
 
 class Conversation:
-    """A document, if any, and questions about it. The document and all turns before stay in the cache.
+    """Pictures, video and a document, if any, and questions about them. They and all turns before stay in the cache.
 
     Args:
         generator: of the model that answers.
         tokenizer: its.
         template: what stands around questions.
         document: a text that is read before the first.
+        shown: ids of pictures and video that are read before that; see ``lwm_core.run.vision.vision_block``.
 
     Raises:
         DataError: the document gives no token.
     """
 
     def __init__(
-        self, generator: Generator, tokenizer: Tokenizer, template: Template, document: str | None = None
-    ) -> None:
-        self._generator, self._tokenizer, self._template = generator, tokenizer, template
+        self, generator: Generator, tokenizer: Tokenizer, template: Template, document: str | None = None,
+        shown: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self._generator, self._tokenizer, self._template, self._shown = generator, tokenizer, template, shown
         self._document = None if document is None else tokenizer.encode(document)
         if self._document is not None and not self._document:
             raise DataError("the document gives no token; give one that has a text")
@@ -128,14 +133,14 @@ class Conversation:
         self._last: Answer | None = None
 
     def begin(self) -> Iterator[tuple[int, int]]:
-        """Forget the turns that there were, and read the document: tokens read so far, and of all, after each part."""
+        """Forget the turns that there were, and read what comes before them: tokens so far, and of all, by parts."""
         if self._session is not None:
             self._session.close()
         self._session, self._last = self._generator.session(), None
-        if self._document is None:
+        if self._document is None and not self._shown:
             return
         start = self._tokenizer.encode(self._template.system + self._template.document[0])
-        ids = [*self._special("bos"), *start, *self._document]
+        ids = [*self._special("bos"), *start, *self._shown, *(self._document or ())]
         for at in range(0, len(ids), PART):
             self._session.read(ids[at : at + PART])
             yield min(at + PART, len(ids)), len(ids)
@@ -184,6 +189,8 @@ class Conversation:
             return [*end, *encode(t.before + question + after)]
         if self._document is not None:
             return [*encode(t.document[1] + question), *encode(after)]
+        if self._shown:
+            return encode(t.shown + question + after)
         return [*self._special("bos"), *encode(t.system + t.before + question + after)]
 
     def _special(self, role: str) -> list[int]:

@@ -192,10 +192,12 @@ class _Hands:
                 return self._scorer.log_likelihood(tokens)
             case ["stream", number, prompt, sampling]:
                 self._open[number] = self._generator.stream(prompt, _sampling(sampling))
-            case ["session", number]:
-                self._open[number] = self._generator.session()
-            case ["read", number, tokens]:
-                self._open[number].read(tokens)
+            case ["session", number, guided]:
+                self._open[number] = self._generator.session(guided=guided)
+            case ["read", number, tokens, unconditional, expected]:
+                self._open[number].read(tokens, unconditional, expected=expected)
+            case ["unguide", number]:
+                self._open[number].unguide()
             case ["write", number, session, sampling]:
                 self._open[number] = self._open[session].stream(_sampling(sampling))
             case ["parameters", number]:
@@ -222,17 +224,17 @@ class _LeadGenerator:
         """New tokens of one prompt, as they come."""
         return self._leader.stream("stream", _ids(prompt), asdict(sampling))
 
-    def session(self) -> Session:
+    def session(self, *, guided: bool = False) -> Session:
         """A conversation, held on every rank."""
-        return _LeadSession(self._leader)
+        return _LeadSession(self._leader, guided)
 
 
 class _LeadSession:
     """See ``lwm_core.protocols.Session``."""
 
-    def __init__(self, leader: LeadModel) -> None:
+    def __init__(self, leader: LeadModel, guided: bool) -> None:
         self._leader, self._number = leader, leader.number()
-        leader.order("session", self._number)
+        leader.order("session", self._number, guided)
         self._leave = finalize(self, leader.leave, self._number)
         self._tokens: list[int] = []
 
@@ -241,10 +243,11 @@ class _LeadSession:
         """All that was read and written, in order."""
         return tuple(self._tokens)
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], unconditional: Sequence[int] | None = None, *, expected: int = 0) -> None:
         """Append tokens, at least one."""
         ids = _ids(tokens)
-        self._leader.order("read", self._usable(), ids)
+        other = None if unconditional is None else _ids(unconditional)
+        self._leader.order("read", self._usable(), ids, other, expected)
         self._tokens += ids
 
     def stream(self, sampling: SamplingSpec) -> Iterator[int]:
@@ -252,6 +255,10 @@ class _LeadSession:
         for token in self._leader.stream("write", self._usable(), asdict(sampling)):
             self._tokens.append(token)
             yield token
+
+    def unguide(self) -> None:
+        """Go on without the unconditional row."""
+        self._leader.order("unguide", self._usable())
 
     def close(self) -> None:
         """Drop the cache on every rank, with the next order."""

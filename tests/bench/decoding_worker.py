@@ -40,8 +40,7 @@ def ours(side: str, case: dict[str, Any]) -> Write:
     options: dict[str, Any] = {kind: registry.resolve(kind, name, "options") for kind, name in named.items()}
     attention = options["attention"]()
     context = TrainerContext(found.model, load["attention"], attention, OptimizerSpec(), {"text": 1.0}, seed=0)
-    fastest = {"torch": {"compile_decoding": True}}.get(side, {})
-    made = load["trainer"](options["trainer"](**fastest), context)
+    made = load["trainer"](options["trainer"](), context)
     length = case["context"]
     made.begin_stage(Stage("read", length, found.rope, length, length, 1e-3, 1e-3, mesh="1,1,1,1"))
     made.load_parameters(found.parameters)

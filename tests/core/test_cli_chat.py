@@ -116,6 +116,28 @@ def test_other_templates() -> None:
             make_template(wrong)
 
 
+def test_what_is_shown_stands_before_the_questions_and_is_read_once() -> None:
+    """And before a document; a reset reads it again."""
+    ids, document = [300, 301, 302], "Text."
+    lwm = "You are a helpful assistant. USER: "
+    for template, told, expected in (
+        ("lwm", None, [BOS, *BYTES.encode(lwm), *ids, *BYTES.encode("\nA? ASSISTANT: USER: B? ASSISTANT:")]),
+        ("plain", None, [BOS, *ids, *BYTES.encode("A?B?")]),
+        ("\nQ: {question}\nA:", None, [BOS, *ids, *BYTES.encode("\nQ: A?\nA:\nQ: B?\nA:")]),
+        ("plain", document, [BOS, *ids, *BYTES.encode("Text.A?B?")]),
+        ("lwm", document, [BOS, *BYTES.encode(lwm), *ids, *BYTES.encode(f"Text. A?{needles.PROMPT_END} USER: B?"),
+                           *BYTES.encode(needles.PROMPT_END)]),
+    ):  # fmt: skip
+        parrot = Parrot([], [], [])
+        chat = Conversation(parrot, BYTES, make_template(template), told, ids)  # type: ignore[arg-type]
+        for number in range(2):
+            list(chat.begin())
+            for question in ("A?", "B?"):
+                list(chat.ask(question, SamplingSpec(0)))
+            assert parrot.sessions[number].tokens == expected
+            assert len(parrot.sessions[number].reads) == 3
+
+
 def test_how_an_answer_ends_is_told() -> None:
     parrot = Parrot(said("12345"), said("12345"), said("12345"), said("12345"), said("later"))
     chat = talk(parrot)

@@ -16,7 +16,7 @@ from torch_cases import make_trainer, rows_of, run_ranks
 
 from lwm_core.attention import AttentionMask
 from lwm_core.errors import UnsupportedError
-from lwm_core.protocols import AttentionAxes, SamplingSpec
+from lwm_core.protocols import AttentionAxes
 from lwm_torch_ring.attention.backend import factory
 from lwm_torch_ring.attention.options import AttentionOptions
 from lwm_torch_ring.train.options import TrainerOptions
@@ -77,24 +77,6 @@ def test_a_compiling_trainer_is_the_plain_one(mesh: str) -> None:
     np.testing.assert_allclose(told["True"], told["False"], rtol=1e-5)
     assert told["evaluated True"] == pytest.approx(told["evaluated False"], rel=1e-5)
     assert told["True"][2][0] < told["True"][0][0]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile's own backend needs a C++ compiler, and there is none here")
-def test_a_compiled_decoding_writes_what_the_plain_one_does() -> None:
-    """Three programs for any number of layers and tokens; several rows at once are written uncompiled."""
-    from torch._dynamo.utils import counters
-
-    prompt, sampling = list(range(3, 40)), SamplingSpec(12, temperature=1.0, seed=4)
-    plain, compiling = make_trainer(), make_trainer(compile_decoding=True)
-    expected = plain.generator().generate([prompt], sampling)
-    counters.clear()
-    assert compiling.generator().generate([prompt], sampling) == expected
-    assert compiling.generator().generate([prompt], sampling) == expected, "the programs serve every call"
-    assert counters["stats"]["unique_graphs"] == 3
-    several = [prompt, prompt[:9]]
-    assert compiling.generator().generate(several, sampling) == plain.generator().generate(several, sampling)
-    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_what_is_not_compiled_is_refused() -> None:

@@ -93,7 +93,7 @@ def test_bfloat16_errs_no_more_on_many(world: int, mesh: str) -> None:
 @pytest.mark.parametrize(("world", "mesh", "more"), READ)
 def test_tokens_and_scores_are_those_of_one_process(world: int, mesh: str, more: dict[str, Any]) -> None:
     expected, got = result("generate", 1, "1,1,1,1"), result("generate", world, mesh, more)
-    for key in ("greedy", "drawn", "apart", "streamed"):
+    for key in ("greedy", "drawn", "apart", "streamed", "guided"):
         assert got[key] == expected[key], key
     assert got["apart"] == got["greedy"] and got["streamed"] == got["greedy"][1]
     np.testing.assert_allclose(got["scores"], expected["scores"], rtol=1e-4)

@@ -70,9 +70,21 @@ def generate(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
         "apart": [generator.generate([prompt], SamplingSpec(5))[0] for prompt in PROMPTS],
         "streamed": list(generator.stream(PROMPTS[1], SamplingSpec(5))),
         "drawn": generator.generate(PROMPTS, drawn),
+        "guided": guided(generator),
         "scores": [float(x) for x in generator.log_likelihood([*PROMPTS[1], 105, 110])],
         "steps": steps(trainer, 1, 2),
     }
+
+
+def guided(generator: Any) -> list[int]:
+    """Of two prompts of unequal lengths, in two turns."""
+    session = generator.session(guided=True)
+    session.read(PROMPTS[1], PROMPTS[0])
+    told = list(session.stream(SamplingSpec(3, guidance=3.0)))
+    session.read([7])
+    told += session.stream(SamplingSpec(3, temperature=0.9, seed=3, guidance=-2.0))
+    session.unguide()
+    return [*told, *session.stream(SamplingSpec(3))]
 
 
 def converse(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
@@ -128,7 +140,7 @@ def read(trainer: TorchTrainer, case: dict[str, Any]) -> Any:
     results = {
         "pass-Q": _pass_q(mine, layer, cached, peers, kernel).out,
         "pass-KV": _pass_kv(mine, layer, cached, peers, kernel).out,
-        "one": torch.cat([one_query(torch.from_numpy(q[:, 0, i : i + 1]), layer, peers) for i in range(new)], 1),
+        "one": torch.stack([one_query(torch.from_numpy(q[:, 0, i]), layer, peers) for i in range(new)], 1),
     }
     for name, got in results.items():
         for b, used in enumerate(lengths):

@@ -73,7 +73,7 @@ def test_a_spec_is_frozen_all_the_way() -> None:
 
 
 def test_the_kinds_and_their_groups() -> None:
-    assert " ".join(KINDS) == "attention tokenizer encoder trainer context data eval weights hooks cli"
+    assert " ".join(KINDS) == "attention tokenizer encoder media trainer context data eval weights hooks cli"
     assert all(group == f"lwm.{kind}.v1" for kind, group in KINDS.items())
 
 

@@ -83,6 +83,8 @@ class Counter:
     def __init__(self, processes: Any) -> None:
         self.processes = processes
         self.open = 0
+        self.guided: Any = None
+        self.told: Any = None
         self.seen: list[Any] = []
 
     def generator(self) -> Counter:
@@ -106,8 +108,9 @@ class Counter:
         finally:
             self.open -= 1
 
-    def session(self) -> Talk:
+    def session(self, *, guided: bool = False) -> Talk:
         self.open += 1
+        self.guided = guided
         return Talk(self)
 
     def log_likelihood(self, tokens: Sequence[int]) -> Any:
@@ -134,11 +137,16 @@ class Talk:
         self.tokens: list[int] = []
         self.closed = False
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], unconditional: Sequence[int] | None = None, *, expected: int = 0) -> None:
+        self._counter.told = (unconditional, expected)
         if self.closed or not len(tokens):
             raise ShapeError("closed" if self.closed else "nothing to read")
         self._counter._meet("read")
         self.tokens += [int(one) for one in tokens]
+
+    def unguide(self) -> None:
+        assert self._counter.guided is True
+        self._counter.guided = "not any more"
 
     def stream(self, sampling: SamplingSpec) -> Iterator[int]:
         if self.closed:
@@ -287,6 +295,24 @@ def test_a_session_is_held_on_all(world: int) -> None:
     assert found[0] == [[3, 4, 5], [51], [62, 63, 64], [0, 1, 2, 3, 4, 5], [50, 51, 60, 61, 62, 63, 64]]
     asked = [[0, 1, 2], [50], [50, 51, 60, 61]]
     assert all([tokens for tokens, _ in one.seen] == asked and one.open == 0 for one in trainers)
+
+
+def test_a_guided_session_is_one_on_all() -> None:
+    """What the other row reads, what is expected, and how it is drawn come to every rank as they were said."""
+
+    def work(model: Any) -> Any:
+        session = model.generator().session(guided=True)
+        session.read(np.arange(2), np.arange(5, 7, dtype=np.int32), expected=9)
+        told = list(session.stream(sampling))
+        session.unguide()
+        session.close()
+        return told
+
+    sampling = SamplingSpec(max_new_tokens=2, modality="vision", ids=(1, 9), guidance=5.0)
+    found, trainers = led(2, work)
+    assert found[0] == [2, 3]
+    for one in trainers:
+        assert one.guided == "not any more" and one.told == ([5, 6], 9) and one.seen == [([0, 1], sampling)]
 
 
 def test_a_session_that_was_dropped_is_closed_everywhere() -> None:

@@ -1,8 +1,15 @@
-"""The verbs of this distribution, in words; nothing heavy is imported here."""
+"""Files in and out, in words: what other verbs read and write them with, and the verbs; nothing heavy is imported."""
 
 from __future__ import annotations
 
 from lwm_core.registry.spec import PluginSpec
+
+files = PluginSpec(
+    name="files",
+    summary="Pictures and video by PyAV and Pillow; writes png, mp4 and gif",
+    factory="lwm_vqgan.media.plugin:files",
+    needs=("av", "PIL"),
+)
 
 encode = PluginSpec(
     name="encode",

@@ -54,12 +54,12 @@ class JaxGenerator:
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         """New tokens of one prompt, as they come."""
         session = self.session()
-        session.read(prompt, sampling.max_new_tokens)
+        session.read(prompt, expected=sampling.max_new_tokens)
         return session.stream(sampling)
 
-    def session(self) -> JaxSession:
-        """A conversation whose cache is kept."""
-        return JaxSession(self._trainer, self._programs)
+    def session(self, *, guided: bool = False) -> JaxSession:
+        """A conversation whose cache is kept; ``guided``: with an unconditional row beside it."""
+        return JaxSession(self._trainer, self._programs, guided)
 
     def log_likelihood(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """``[N-1]``; see ``lwm_core.protocols.Scorer``."""

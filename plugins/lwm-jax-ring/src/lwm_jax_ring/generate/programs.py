@@ -40,7 +40,7 @@ from lwm_jax_ring.generate.cache import (
     put,
 )
 from lwm_jax_ring.generate.reading import BLOCK, Reading, few_over_all, merged, over_cache
-from lwm_jax_ring.generate.sample import sample
+from lwm_jax_ring.generate.sample import guide, sample
 from lwm_jax_ring.generate.weights import Weights
 from lwm_jax_ring.model.llama import Compute, rms_norm
 from lwm_jax_ring.model.rope import RopeTables, rope_angles
@@ -113,6 +113,21 @@ class Programs:
         for number, layer in enumerate(layers):
             layers[number] = wider(layer)
         return Cache(tuple(layers), held, tail_held)
+
+    def conditional(self, cache: Cache | None, ends: jax.Array) -> tuple[Cache | None, jax.Array]:
+        """Of pairs of rows the first of each, by themselves; no more than a layer is there twice."""
+
+        def firsts(tree: Any, specs: Any) -> Any:
+            return jax.jit(self._local(lambda own: jax.tree.map(lambda x: x[0::2], own), (specs,), specs))(tree)
+
+        ends = firsts(ends, P(ROWS, None))
+        if cache is None:
+            return None, ends
+        layers, (held, tail_held) = list(cache.layers), firsts((cache.held, cache.tail_held), (HELD, TAIL_HELD))
+        del cache
+        for number, layer in enumerate(layers):
+            layers[number] = firsts(layer, layer_specs(self.kind))
+        return Cache(tuple(layers), held, tail_held), ends
 
     def _flush(self, cache: Cache, fill: jax.Array, turn: jax.Array) -> Cache:
         """The tail as a page of rank ``turn``, and an empty tail."""
@@ -237,16 +252,17 @@ class Programs:
 
     # -- a token -------------------------------------------------------------------------------------------------
 
-    def draws(self, sampling: SamplingSpec) -> tuple[Any, Any]:
+    def draws(self, sampling: SamplingSpec, guided: bool) -> tuple[Any, Any]:
         """Two programs: (head, ends, key, number) → the token ``[B]`` that is drawn number ``number``; and the same
-        after one more token: (weights, cache, rope, token, positions, at, fill, key, number) → token, ends, cache."""
-        how = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.modality)
+        after one more token: (weights, cache, rope, token, positions, at, fill, key, number) → token, ends, cache.
+        ``guided``: rows are pairs, a conditional one and its unconditional one, for which one token is drawn."""
+        how = (replace(sampling, seed=0, max_new_tokens=0, stop_ids=()), guided)
         if how not in self._steps:
             token = None if self._alone else self.sharding(P())
             self._steps[how] = (
-                jax.jit(partial(self._draw, sampling), out_shardings=token),
+                jax.jit(partial(self._draw, *how), out_shardings=token),
                 jax.jit(
-                    partial(self._step, sampling),
+                    partial(self._step, *how),
                     donate_argnums=1,
                     out_shardings=(token, self.sharding(P(ROWS, None)), self._cache_out),
                 ),
@@ -254,20 +270,25 @@ class Programs:
         return self._steps[how]
 
     def _draw(
-        self, sampling: SamplingSpec, head: jax.Array, ends: jax.Array, key: jax.Array, number: jax.Array
+        self, sampling: SamplingSpec, guided: bool, head: jax.Array, ends: jax.Array, key: jax.Array, number: jax.Array
     ) -> jax.Array:
+        vocabulary = self.model.vocabulary
+        ids, first = sampling.drawn_ids(vocabulary, guided=guided), vocabulary.slices[sampling.modality].start
         logits = jnp.einsum("be,ve->bv", ends, head, preferred_element_type=jnp.float32)
-        first = self.model.vocabulary.slices[sampling.modality].start
-        return sample(logits, jax.random.fold_in(key, number), sampling) + first
+        logits = logits[:, ids.start - first : ids.stop - first]
+        if guided:
+            logits = guide(logits, sampling.guidance)
+        token = sample(logits, jax.random.fold_in(key, number), sampling) + ids.start
+        return jnp.repeat(token, 2) if guided else token
 
     def _step(
-        self, sampling: SamplingSpec, weights: Weights, cache: Cache, rope: RopeTables, token: jax.Array,
+        self, sampling: SamplingSpec, guided: bool, weights: Weights, cache: Cache, rope: RopeTables, token: jax.Array,
         positions: jax.Array, at: jax.Array, fill: jax.Array, key: jax.Array, number: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Cache]:  # fmt: skip
         one = jnp.ones((token.shape[0], 1), jnp.int32)
         x, cache = self._through(weights, cache, rope, token[:, None], positions[:, None], one, at, fill)
         ends = self._normed(weights.norm, x[:, 0])
-        return self._draw(sampling, weights.heads[sampling.modality], ends, key, number), ends, cache
+        return self._draw(sampling, guided, weights.heads[sampling.modality], ends, key, number), ends, cache
 
 
 def _kept(layer: LayerCache, k: jax.Array, v: jax.Array, held: jax.Array, fill: jax.Array) -> LayerCache:

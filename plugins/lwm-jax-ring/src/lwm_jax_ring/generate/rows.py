@@ -48,10 +48,12 @@ class Rows:
         trainer: whose model, as it is now.
         programs: of its mesh.
         count: rows; the data ranks divide it.
+        guided: they are pairs, a conditional one and its unconditional one, which go on with the same tokens. Each
+            data rank holds whole pairs.
     """
 
-    def __init__(self, trainer: JaxTrainer, programs: Programs, count: int) -> None:
-        self.count, self.lengths = count, [0] * count
+    def __init__(self, trainer: JaxTrainer, programs: Programs, count: int, guided: bool = False) -> None:
+        self.count, self.lengths, self._guided = count, [0] * count, guided
         self._trainer, self._programs = trainer, programs
         self._rope, self._positions = trainer.stage.rope, 0
         self._tables: RopeTables
@@ -133,11 +135,20 @@ class Rows:
         )  # fmt: skip
         self._tail += longest
 
+    def unguide(self) -> None:
+        """Of pairs, keep the conditional rows alone."""
+        if not self._guided:
+            return
+        with self._working():
+            cache, self._cache = self._cache, None
+            self._cache, self._ends = self._programs.conditional(cache, self._ends)
+            self.count, self.lengths, self._guided = self.count // 2, self.lengths[0::2], False
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, sampling: SamplingSpec) -> Iterator[list[int]]:
         """One token a row at a time, at most ``max_new_tokens`` times; the last that was given is not cached yet."""
-        draw, step = self._programs.draws(sampling)
+        draw, step = self._programs.draws(sampling, self._guided)
         key = jax.random.key(sampling.seed)
         with self._working():
             self._reserve(0, sampling.max_new_tokens)

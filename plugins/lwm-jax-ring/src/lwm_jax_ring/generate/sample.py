@@ -1,6 +1,6 @@
 """Drawing a token from logits.
 
-Shapes: B rows, V ids.
+Shapes: B rows, P pairs of rows, V ids.
 """
 
 from __future__ import annotations
@@ -11,6 +11,24 @@ import jax
 import jax.numpy as jnp
 
 from lwm_core.protocols import SamplingSpec
+
+
+def guide(logits: jax.Array, scale: float) -> jax.Array:
+    """``u + scale·(c − u)``, classifier-free guidance (arXiv 2207.12598), of pairs c, u of rows.
+
+    At 1 and 0 it is one of them to the bit, not to a rounding of the other.
+
+    Args:
+        logits: ``[2P,V]``, conditional and unconditional in turn.
+
+    Returns:
+        ``[P,V]``.
+    """
+    pairs = logits.reshape(-1, 2, logits.shape[-1])
+    conditional, unconditional = pairs[:, 0], pairs[:, 1]
+    if scale == 1.0:
+        return conditional
+    return unconditional if scale == 0.0 else unconditional + scale * (conditional - unconditional)
 
 
 def sample(logits: jax.Array, key: jax.Array, sampling: SamplingSpec) -> jax.Array:

@@ -28,7 +28,7 @@ from lwm_torch_ring.attention.strategies import make_kernel
 from lwm_torch_ring.generate.cache import PAGE, LayerCache
 from lwm_torch_ring.generate.decode import AttendOne, Decoding
 from lwm_torch_ring.generate.reading import one_query, over_cache
-from lwm_torch_ring.generate.sample import sample
+from lwm_torch_ring.generate.sample import guide, sample
 from lwm_torch_ring.model.llama import Compute
 from lwm_torch_ring.model.rope import RopeTables, rope_tables
 
@@ -187,6 +187,15 @@ class Rows:
             self._tables = {size: rope_tables(t.stage.rope, t.context.model.head_dim, size, t.device)}
         return self._tables[size]
 
+    def keep(self, rows: slice) -> None:
+        """Drop all rows but these."""
+        for layer in self._layers:
+            layer.k.keep(rows)
+            layer.v.keep(rows)
+        self._cached = [used[rows] for used in self._cached]
+        self.lengths = self.lengths[rows]
+        self.count = len(self.lengths)
+
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, tokens: Sequence[int]) -> Tensor:
@@ -194,21 +203,16 @@ class Rows:
         owner = self._written // PAGE % self._peers.size
         self._written += 1
         device = self._trainer.device
-        chosen: list[Tensor | None]
-        chosen = [None] * self.count if owner == self._peers.rank else [torch.zeros(0, dtype=torch.long)] * self.count
-        chosen = [None if which is None else which.to(device) for which in chosen]
+        here = owner == self._peers.rank
 
         def attend(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-            self._layers[number].add(k, v, chosen)
+            self._layers[number].append(k, v, here)
             return one_query(q, self._layers[number], self._peers)
 
         given, positions = torch.tensor(tokens, device=device), torch.tensor(self.lengths, device=device)
         rope = self._rope(max(self.lengths) + 1)
         if self._decoding is None and self._trainer.gathering.together():
-            # Other numbers of rows would each be compiled anew.
-            compile = self._trainer.options.compile_decoding and self.count == 1 and self._how.tp.size == 1
-            how = replace(self._how, compile=compile)
-            self._decoding = Decoding(self._trainer.network, how, lent=self._trainer.gathering.lends)
+            self._decoding = Decoding(self._trainer.network, self._how, lent=self._trainer.gathering.lends)
         if self._decoding is not None:
             logits = self._decoding.logits(given, positions, rope, attend)
         else:
@@ -220,11 +224,14 @@ class Rows:
     def _through_modules(self, tokens: Tensor, positions: Tensor, rope: RopeTables, attend: AttendOne) -> Tensor:
         """What ``Decoding.logits`` gives, by the network, which gathers parameters a layer at a time."""
 
+        def of_one(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+            return attend(q[:, 0], k[:, 0], v[:, 0], number)[:, None]
+
         def tail(hidden: Tensor, head: Tensor) -> Tensor:
             return _logits(hidden[:, 0], head)
 
         how = replace(self._how, tp=self._how.tp.whole)
-        logits: Tensor = self._trainer.network(tokens[:, None], positions[:, None], rope, attend, how, tail)
+        logits: Tensor = self._trainer.network(tokens[:, None], positions[:, None], rope, of_one, how, tail)
         return logits
 
     def _of_row(self, ends: Tensor) -> Tensor:
@@ -245,16 +252,19 @@ class Draw:
 
     Args:
         sampling: how.
-        ids: of its modality.
+        ids: those that are drawn from.
         prompts: of all data ranks.
+        guided: rows are pairs, a conditional one and its unconditional one, for which one token is drawn.
     """
 
-    def __init__(self, sampling: SamplingSpec, ids: slice, prompts: int) -> None:
-        self._sampling, self._ids, self._prompts = sampling, ids, prompts
+    def __init__(self, sampling: SamplingSpec, ids: slice, prompts: int, guided: bool = False) -> None:
+        self._sampling, self._ids, self._prompts, self._guided = sampling, ids, prompts, guided
         self._random = torch.Generator().manual_seed(sampling.seed)
 
     def tokens(self, logits: Tensor, first: int) -> Tensor:
-        """``[B]`` ids for ``logits [B,V]``, whose first row is row ``first`` of the call."""
+        """``[B]`` ids for ``logits [B,V]``, whose first row is row ``first`` of the call; of pairs one id each."""
+        if self._guided:
+            logits, first = guide(logits, self._sampling.guidance), first // 2
         if self._sampling.temperature == 0.0:
             return sample(logits[:, self._ids], logits[:, 0], self._sampling) + self._ids.start
         uniform = torch.rand(self._prompts, generator=self._random)

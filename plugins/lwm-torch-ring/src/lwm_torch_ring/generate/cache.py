@@ -45,13 +45,20 @@ class Rows:
         if not self.used:
             self.used = [0] * len(x)
             self._room(PAGE, kept[0])
-        if self._kind != "int8" and len(set(self.used)) == 1 and not any(which is not None for which in chosen):
-            at, count = self.used[0], kept.shape[2]
-            self._room(at + count, kept[0])[:, :, at : at + count] = kept
-            self.used = [at + count] * len(self.used)
-            return
         for row, which in enumerate(chosen):
             self._put(row, kept[row] if which is None else kept[row].index_select(1, which))
+
+    def append(self, x: Tensor, here: bool) -> None:
+        """Put away one slot of each row, ``x [B, K, D]``, if it is ``here`` that it is kept."""
+        if here and self._plain is not None and self._kind != "int8" and min(self.used) == max(self.used):
+            slot, self._dtype = self.used[0], x.dtype
+            if slot == self._plain.shape[2]:
+                self._room(slot + 1, self._plain[0])
+            self._plain[:, :, slot] = x
+            self.used = [slot + 1] * len(self.used)
+        elif here or not self.used:
+            nothing = torch.zeros(0, dtype=torch.long, device=x.device)
+            self.add(x[:, None], [None if here else nothing] * len(x))
 
     def _put(self, row: int, new: Tensor) -> None:
         """``new [K, c, D]`` at the end of a row."""
@@ -91,12 +98,23 @@ class Rows:
         self._codes[row, :, page] = (wide / scale).round().to(torch.int8)
         self._scales[row, :, page] = scale
 
+    def keep(self, rows: slice) -> None:
+        """Drop all rows but these."""
+        self.used = self.used[rows]
+        if self._plain is not None:
+            self._plain = self._plain[rows].clone()
+        if self._codes is not None and self._scales is not None:
+            self._codes, self._scales = self._codes[rows].clone(), self._scales[rows].clone()
+
     def whole(self, slots: int, rows: slice = slice(None)) -> Tensor:
-        """``[B, slots, K, D]``, a view of heads first in the dtype that came; of a row with fewer slots in use the rest
-        means nothing."""
+        """``[B, slots, K, D]``, a view of :meth:`by_heads`."""
+        return self.by_heads(slots, rows).transpose(1, 2)
+
+    def by_heads(self, slots: int, rows: slice = slice(None)) -> Tensor:
+        """``[B, K, slots, D]`` in the dtype that came; of a row with fewer slots in use the rest means nothing."""
         assert self._plain is not None
         if self._codes is None or self._scales is None or self._kind != "int8":
-            return self._plain[rows, :, :slots].to(self._dtype).transpose(1, 2)
+            return self._plain[rows].narrow(2, 0, slots).to(self._dtype)
         pages = -(-slots // PAGE)
         codes, scales = self._codes[rows, :, :pages], self._scales[rows, :, :pages]
         opened = (codes.float() * scales).to(self._dtype).flatten(2, 3)
@@ -108,7 +126,7 @@ class Rows:
             rest = min(slots, self.used[row]) - full
             if rest > 0:
                 opened[place, :, full : full + rest] = self._plain[row, :, :rest]
-        return opened[:, :, :slots].transpose(1, 2)
+        return opened[:, :, :slots]
 
     @property
     def bytes(self) -> int:
@@ -138,3 +156,8 @@ class LayerCache:
         """Put away the chosen slots of ``k, v [B, c, K, D]``; see :meth:`Rows.add`."""
         self.k.add(k, chosen)
         self.v.add(v, chosen)
+
+    def append(self, k: Tensor, v: Tensor, here: bool) -> None:
+        """Put away one slot of each row of ``k, v [B, K, D]``; see :meth:`Rows.append`."""
+        self.k.append(k, here)
+        self.v.append(v, here)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lwm_core.protocols import SamplingSpec
 from lwm_torch_ring.generate.batch import CAUSAL, Draw, Slots, every_rank, how_to_read
-from lwm_torch_ring.generate.prompts import Prompts, check_ids, ids_of, ranks_of_row, reading
+from lwm_torch_ring.generate.prompts import Prompts, check_ids, ranks_of_row, reading
 from lwm_torch_ring.generate.session import TorchSession
 from lwm_torch_ring.model.loss import log_likelihoods
 from lwm_torch_ring.model.rope import rope_tables
@@ -40,7 +40,7 @@ class TorchGenerator:
             return found
         vocabulary = self._trainer.context.model.vocabulary
         check_ids(prompts, vocabulary)
-        draw = Draw(sampling, ids_of(sampling, vocabulary), len(prompts))
+        draw = Draw(sampling, sampling.drawn_ids(vocabulary), len(prompts))
         rows, coming, done = Prompts(self._trainer, len(prompts)), prompts, [False] * len(prompts)
         with self._trainer.gathering():
             for _ in range(sampling.max_new_tokens):
@@ -64,9 +64,9 @@ class TorchGenerator:
             session.read(prompt)
             yield from session.stream(sampling)
 
-    def session(self) -> TorchSession:
-        """A conversation whose cache is kept."""
-        return TorchSession(self._trainer)
+    def session(self, *, guided: bool = False) -> TorchSession:
+        """A conversation whose cache is kept; ``guided``: with an unconditional row beside it."""
+        return TorchSession(self._trainer, guided)
 
     # -- scoring -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lwm_core.errors import ShapeError
 from lwm_core.mesh import data_ranks
-from lwm_core.protocols import SamplingSpec
 from lwm_core.vocab import Vocabulary
 from lwm_torch_ring.generate.batch import Draw, Rows, every_rank, rounded
 from lwm_torch_ring.train.heartbeat import naming_the_lost
@@ -29,19 +28,21 @@ class Prompts:
     Args:
         trainer: whose model, as it is now.
         count: rows.
+        group: rows that stand together, and go to the same data rank.
     """
 
-    def __init__(self, trainer: TorchTrainer, count: int) -> None:
-        self._trainer, self.count = trainer, count
+    def __init__(self, trainer: TorchTrainer, count: int, group: int = 1) -> None:
+        self._trainer, self.count, self._group = trainer, count, group
         data, world = trainer.current.place.data_rank
-        self._share = rounded(count, world) // world
+        self._share = rounded(count, group * world) // world
         self._first = data * self._share
         self._rows = Rows(trainer, self._share)
         self._logits: Tensor | None = None
 
     def read(self, rows: Sequence[Sequence[int]]) -> None:
         """Append tokens to every row, at least one each."""
-        padded = [*rows, *[rows[-1]] * self._share * data_ranks(self._trainer.current.place.sizes)]
+        last = rows[-self._group :]
+        padded = [*rows, *[*last] * self._share * data_ranks(self._trainer.current.place.sizes)]
         mine, longest = padded[self._first : self._first + self._share], max(map(len, rows))
         with reading(self._trainer), self._trainer.gathering():
             if longest == 1:
@@ -49,8 +50,16 @@ class Prompts:
             else:
                 self._logits = self._rows.read(mine, longest)
 
+    def keep_firsts(self) -> None:
+        """Of each group of rows, keep the first alone."""
+        self._rows.keep(slice(0, None, self._group))
+        if self._logits is not None:
+            self._logits = self._logits[:: self._group]
+        self.count, self._share, self._first = (size // self._group for size in (self.count, self._share, self._first))
+        self._group = 1
+
     def draw(self, draw: Draw) -> list[int]:
-        """A token that may follow each row, as the first rank of each data rank drew it; it is not read."""
+        """A token that may follow each row, or each pair, as the first rank of each data rank drew it; not read yet."""
         assert self._logits is not None
         with reading(self._trainer):
             of_ranks = every_rank(draw.tokens(self._logits, self._first))
@@ -81,10 +90,3 @@ def check_ids(prompts: Sequence[Any], vocabulary: Vocabulary, at_least: int = 1)
             raise ShapeError(f"generate: prompt {number} has {len(prompt)} tokens; expected at least {at_least}")
         if min(prompt) < 0 or max(prompt) >= vocabulary.size:
             raise ShapeError(f"generate: prompt {number} holds ids outside [0, {vocabulary.size})")
-
-
-def ids_of(sampling: SamplingSpec, vocabulary: Vocabulary) -> slice:
-    """The ids that are drawn from; raises ShapeError where the model has no such modality."""
-    if sampling.modality not in vocabulary.slices:
-        raise ShapeError(f"generate: modality {sampling.modality!r} is not in this model's vocabulary")
-    return vocabulary.slices[sampling.modality]

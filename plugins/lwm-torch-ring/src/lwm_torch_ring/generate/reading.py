@@ -94,7 +94,7 @@ def _over_rows(
 
 
 def one_query(q: Tensor, layer: LayerCache, peers: Peers) -> Tensor:
-    """``[B,1,H,D]`` in q's dtype: one query a row over all cached tokens of its row, its own among them.
+    """``[B,H,D]`` in q's dtype: one query a row, ``q [B,H,D]``, over all cached tokens of its row, its own among them.
 
     Each rank attends to its part; out and lse of all are brought together. There is no ring a token.
     """
@@ -104,30 +104,30 @@ def one_query(q: Tensor, layer: LayerCache, peers: Peers) -> Tensor:
         seen = None
         if min(used) < slots:
             seen = torch.arange(slots, device=q.device) < torch.tensor(used, device=q.device)[:, None]
-        out, lse = _attend(q, layer.k.whole(slots), layer.v.whole(slots), seen)
+        out, lse = _attend(q, layer.k.by_heads(slots), layer.v.by_heads(slots), seen)
     else:
-        out, lse = q[:, 0].float() * 0, torch.full(q.shape[:1] + q.shape[2:3], -torch.inf, device=q.device)
+        out, lse = q.float() * 0, torch.full(q.shape[:2], -torch.inf, device=q.device)
     if peers.size > 1:
         gathered, pending = peers.gather(torch.cat([out, lse[..., None]], dim=-1))
         pending.wait()
         weights = torch.softmax(gathered[..., -1:], dim=0)
         out = (gathered[..., :-1] * weights).sum(0)
-    return out.to(q.dtype)[:, None]
+    return out.to(q.dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out ``[B,H,D]`` and lse ``[B,H]``, float32; 0 and −inf for a row that sees nothing."""
-    rows, _, heads, dim = q.shape
-    grouped = q.reshape(rows, k.shape[2], heads // k.shape[2], dim)
+    """out ``[B,H,D]`` and lse ``[B,H]``, float32, of ``k, v [B,K,T,D]``; 0 and −inf for a row that sees nothing."""
+    rows, heads, dim = q.shape
+    grouped = q.view(rows, k.shape[1], -1, dim)
     if seen is None and q.dtype == torch.float32 and not CPU_FLASH.objection(q.device, q.dtype, dim):
         # The heads of a group as queries of one head: each key is read once, and no score is kept.
-        out, lse = CPU_FLASH.forward(grouped.transpose(1, 2), k, v, dim**-0.5, False, None)
-        return out.transpose(1, 2).reshape(rows, heads, dim), lse.transpose(1, 2).reshape(rows, heads)
-    scores = torch.einsum("bkgd,bskd->bkgs", grouped, k).float() * dim**-0.5
+        out, lse = CPU_FLASH.by_heads(grouped, k, v, dim**-0.5, False, None)
+        return out.reshape(rows, heads, dim), lse.reshape(rows, heads)
+    scores = torch.einsum("bkgd,bksd->bkgs", grouped, k).float() * dim**-0.5
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-        v = v.masked_fill(~seen[:, :, None, None], 0.0)  # what lies there may be no number
+        v = v.masked_fill(~seen[:, None, :, None], 0.0)  # what lies there may be no number
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
-    out = torch.einsum("bkgs,bskd->bkgd", weights.to(v.dtype), v).float()
-    return out.reshape(rows, heads, dim), lse.view(rows, heads)
+    out = torch.einsum("bkgs,bksd->bkgd", weights.to(v.dtype), v).float()
+    return out.reshape(rows, heads, dim), lse.reshape(rows, heads)

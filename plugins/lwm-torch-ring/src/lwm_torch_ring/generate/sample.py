@@ -1,6 +1,6 @@
 """Drawing a token from logits.
 
-Shapes: B rows, V ids.
+Shapes: B rows, P pairs of rows, V ids.
 """
 
 from __future__ import annotations
@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 from lwm_core.protocols import SamplingSpec
+
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """``u + scale·(c − u)``, classifier-free guidance (arXiv 2207.12598), of pairs c, u of rows.
+
+    At 1 and 0 it is one of them to the bit, not to a rounding of the other.
+
+    Args:
+        logits: ``[2P,V]``, conditional and unconditional in turn.
+
+    Returns:
+        ``[P,V]``.
+    """
+    conditional, unconditional = logits[0::2], logits[1::2]
+    if scale == 1.0:
+        return conditional
+    return unconditional if scale == 0.0 else unconditional + scale * (conditional - unconditional)
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: SamplingSpec) -> Tensor:

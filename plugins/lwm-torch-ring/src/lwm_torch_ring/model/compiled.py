@@ -11,22 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lwm_core.errors import UnsupportedError
 
 
-def compiled(layer: Callable[..., Any], option: str = "compile") -> Callable[..., Any]:
+def compiled(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``layer`` compiled for the shapes that it is called with, whole or not at all.
 
-    A call raises UnsupportedError where torch cannot compile it: no compiler on this host, for one. It names the
-    trainer's ``option`` that asked for it.
+    A call raises UnsupportedError where torch cannot compile it: no compiler on this host, for one.
     """
     # Of each program and rank it is said that rematerialised code must not compute in place, which ours does not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # Never in parts: a rematerialised layer with a break in it would not be compiled at all, and nothing would say so.
     program = torch.compile(layer, fullgraph=True, dynamic=False)
 
-    def call(*given: Any) -> Any:
+    def call(*given: Any) -> Tensor:
         try:
             return program(*given)
         except RuntimeError as error:
@@ -34,7 +34,7 @@ def compiled(layer: Callable[..., Any], option: str = "compile") -> Callable[...
                 raise  # of the layer itself, such as a rank that is lost
             told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnsupportedError(
-                f"trainer 'torch': a layer cannot be compiled here ({told.strip()}); set trainer.{option} to false",
+                f"trainer 'torch': a layer cannot be compiled here ({told.strip()}); set trainer.compile to false",
                 details=str(error),
             ) from error
 

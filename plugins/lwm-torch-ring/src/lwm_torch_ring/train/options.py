@@ -26,11 +26,6 @@ class TrainerOptions(BaseModel):
     compile: bool = Field(
         False, description="compile each layer of a step by torch.compile, as a whole; not with remat = 'offload'"
     )
-    compile_decoding: bool = Field(
-        False,
-        description="compile what a token takes between two layers' attention, where one row is written without tp; "
-        "the first token then takes a minute",
-    )
     loss_chunk: int = Field(1024, gt=0, description="tokens of a rank whose logits exist at a time")
     token_chunk: int | None = Field(
         None, gt=0, description="tokens of a rank in projections and feed-forward at a time; all if unset"

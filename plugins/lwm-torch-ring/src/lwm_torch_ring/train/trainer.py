@@ -91,7 +91,7 @@ class TorchTrainer:
             if self.model is None or (self._program is not None and self._program.meshes is not begun.meshes):
                 self._lay_out(begun)
             self._program = begun
-            if self.options.compile or self.options.compile_decoding:
+            if self.options.compile:
                 forget()
             if self._optimizer is None:
                 self._optimizer = AdamW(self.context.optimizer, dict(named(self.network)))

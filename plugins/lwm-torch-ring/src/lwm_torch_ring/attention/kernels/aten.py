@@ -106,9 +106,15 @@ class CpuFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.float() for x in _turned(q, k, v))
-        out, lse = _op(_CPU)(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = self.by_heads(*_turned(q, k, v), scale, causal, bias)
         return out.transpose(1, 2), lse.transpose(1, 2)
+
+    def by_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """out ``[B,H,c,D]`` and lse ``[B,H,c]`` float32 of ``q [B,H,c,D]``, ``k, v [B,K,t,D]``."""
+        out, lse = _op(_CPU)(q.float(), k.float(), v.float(), 0.0, causal, attn_mask=bias, scale=scale)
+        return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool,
