@@ -85,9 +85,21 @@ def first_base_violation(rope: RopeSpec, head_dim: int, seq_len: int, *, chunk: 
     proof of failure.
     """
     frequencies = rope.inverse_frequencies(head_dim)
+    # Σ cos((a+b)·f) = Σ cos(a·f)·cos(b·f) − sin(a·f)·sin(b·f): a matrix product over few a and few b.
+    steps = np.arange(min(chunk, 1024), dtype=np.float64)
+    near = _waves(steps, frequencies) * np.repeat([1.0, -1.0], len(frequencies))
     for start in range(0, seq_len + 1, chunk):
-        distances = np.arange(start, min(start + chunk, seq_len + 1), dtype=np.float64)
-        negative = np.flatnonzero(np.cos(distances[:, None] * frequencies).sum(axis=1) < 0)
+        end = min(start + chunk, seq_len + 1)
+        sums = (_waves(np.arange(start, end, len(steps), dtype=np.float64), frequencies) @ near.T).ravel()
+        # What rounding could have turned is summed again as it is defined.
+        doubtful = start + np.flatnonzero(sums[: end - start] < 1e-6)
+        negative = doubtful[np.cos(doubtful[:, None] * frequencies).sum(axis=1) < 0]
         if negative.size:
-            return start + int(negative[0])
+            return int(negative[0])
     return None
+
+
+def _waves(distances: NDArray[np.float64], frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[len(distances), D]``: cosines, then sines."""
+    angles = distances[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)

@@ -1,0 +1,154 @@
+"""What is planned: a model and how its trainer computes, apart from stage and machine.
+
+Shapes: T a device's tokens of a micro-batch, S sequence, H query heads, K key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
+
+from lwm_core.attention_cost import AttentionShape
+from lwm_core.errors import ShapeError, UnsupportedError
+from lwm_core.launch import first_misfit
+from lwm_core.layout import LayoutKind, SequenceLayout
+from lwm_core.mesh import data_ranks, resolve_mesh
+from lwm_core.model import ModelConfig, canonical_shapes
+from lwm_core.protocols import Stage
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+REMATS = ("none", "full", "attention", "offload", "dots")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and how it is computed.
+
+    Args:
+        model: its shape.
+        trainer: the trainer's name.
+        element_bytes: of an activation.
+        remat: what a layer keeps for its backward pass.
+        loss_chunk: tokens of a device whose logits exist at a time.
+        token_chunk: tokens of a device in projections and feed-forward at a time; none: all.
+        shard_parameters: axes that share parameters out beside ``tp``.
+        strategy: of attention; ``auto`` for the cheapest.
+        layout: how tokens are dealt to ranks.
+        inner: of ``usp``; none: sp's largest divisor up to its root.
+        document: mean tokens of a document; none: one fills the row.
+    """
+
+    model: ModelConfig
+    trainer: str = "jax"
+    element_bytes: int = 2
+    remat: str = "attention"
+    loss_chunk: int = 2048
+    token_chunk: int | None = 8192
+    shard_parameters: tuple[str, ...] = ("fsdp", "sp")
+    strategy: str = "auto"
+    layout: LayoutKind = "zigzag"
+    inner: int | None = None
+    document: int | None = None
+
+    @classmethod
+    def from_options(cls, model: ModelConfig, name: str, trainer: Any, attention: Any) -> Job:
+        """From the validated options of a trainer and an attention.
+
+        Raises:
+            UnsupportedError: they do not say how memory is laid out.
+        """
+        try:
+            return cls(
+                model, name, ELEMENT_BYTES[trainer.compute_dtype], trainer.remat, trainer.loss_chunk,
+                trainer.token_chunk, tuple(trainer.shard_parameters), attention.strategy,
+                cast(LayoutKind, attention.layout), attention.inner, getattr(attention, "document", None),
+            )  # fmt: skip
+        except AttributeError as error:
+            raise UnsupportedError(
+                f"plan: trainer {name!r} or its attention has no option {error.name!r}, from which memory is counted; "
+                "use the trainer jax or torch"
+            ) from None
+
+    def matrix_elements(self) -> dict[str, int]:
+        """Elements of one layer's matrices by their last name (``q_proj`` …)."""
+        return _matrix_elements(self.model)
+
+
+@lru_cache(maxsize=32)
+def _matrix_elements(model: ModelConfig) -> dict[str, int]:
+    prefix = "model.layers.0."
+    return {
+        name.split(".")[-2]: shape[0] * shape[1]
+        for name, shape in canonical_shapes(model).items()
+        if name.startswith(prefix) and len(shape) == 2
+    }
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage's step on a mesh.
+
+    Args:
+        job: what is computed.
+        stage: which stage.
+        sizes: of the four axes.
+    """
+
+    job: Job
+    stage: Stage
+    sizes: Mapping[str, int]
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.sizes["dp"] * self.sizes["fsdp"] * self.sizes["tp"] * self.sizes["sp"]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch on a device."""
+        return self.stage.rows // self.stage.accumulate // data_ranks(self.sizes)
+
+    @property
+    def tokens(self) -> int:
+        """T: a micro-batch's tokens on a device; ``tp`` devices have the same."""
+        return self.rows * self.stage.seq_len // self.sizes["sp"]
+
+    @property
+    def sharing(self) -> int:
+        """Devices beside ``tp`` that share one copy of the parameters out."""
+        count = 1
+        for axis in self.job.shard_parameters:
+            count *= self.sizes[axis]
+        return count
+
+    @property
+    def shape(self) -> AttentionShape:
+        """Attention of one layer and one tensor-parallel rank; key-value heads are repeated until each has one."""
+        model, tp = self.job.model, self.sizes["tp"]
+        return AttentionShape(
+            seq_len=self.stage.seq_len, heads=model.num_heads // tp, kv_heads=max(1, model.num_kv_heads // tp),
+            head_dim=model.head_dim, rows=self.rows, element_bytes=self.job.element_bytes, document=self.job.document,
+        )  # fmt: skip
+
+
+def place(job: Job, stage: Stage, devices: int, mesh: str | None = None) -> Placed:
+    """``stage`` on ``devices``, laid out by its own mesh or by ``mesh``.
+
+    Raises:
+        ShapeError: the mesh, the rows, the heads or the length do not divide.
+    """
+    text = mesh or stage.mesh
+    misfit = first_misfit([replace(stage, mesh=text)], devices)
+    if misfit is not None:
+        raise ShapeError(misfit[1])
+    sizes = resolve_mesh(text, devices)
+    model, tp = job.model, sizes["tp"]
+    if model.num_heads % tp or (model.num_kv_heads % tp and tp % model.num_kv_heads):
+        raise ShapeError(
+            f"mesh {text!r}: {model.num_heads} query and {model.num_kv_heads} key-value heads do not divide over "
+            f"tp = {tp}; use a tp that they divide by"
+        )
+    SequenceLayout(job.layout, sizes["sp"]).check(stage.seq_len)
+    return Placed(job, stage, sizes)

@@ -1,0 +1,187 @@
+"""Bytes that a device needs for a training step, by what they are for.
+
+The layout is that of the trainer ``jax``: float32 parameters, gradients and moments shared out over
+``shard_parameters`` and ``tp``; a layer's parameters gathered in float32 while it runs; the residual stream cut by
+columns over ``tp``; layers scanned, each keeping what its rematerialisation policy says; the loss in slices. What a
+layer's backward pass holds at once is counted in arrays of the stream's size. How many the compiler keeps alive,
+:data:`LOCAL_ARRAYS` and :data:`RING_ARRAYS`, was read off compiled steps of LWM-7B (docs/benchmarks/aot.json), which
+have as many key-value heads as query heads; the split over stream, queries and keys follows the arrays that the code
+makes.
+
+Shapes: T a device's tokens of a micro-batch, E hidden size, F feed-forward, H query heads, K key-value heads, D head
+dim, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from lwm_core.attention_cost import StrategyCost
+from lwm_core.model import ModelConfig, canonical_shapes
+from lwm_plan.job import Placed
+
+FLOAT = 4
+"""Bytes of a parameter, a gradient, a moment, a logit."""
+MOMENTS = 2
+"""Of Adam."""
+BATCH_ARRAYS = 5
+"""Tokens, targets, segments, positions, weights: four bytes a token each."""
+PROGRAM = 64 * 2**20
+"""Bytes of the program itself: 47 to 114 MiB in docs/benchmarks/aot.json."""
+FEED_FORWARD_ARRAYS = 3
+"""Gate, up and their product, of the tokens that are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """How many arrays of one layer are alive at once: of the stream, of all query heads, of all key-value heads."""
+
+    stream: int
+    query: int
+    key: int
+
+
+LOCAL_ARRAYS = Arrays(stream=9, query=7, key=8)
+"""Backward of a layer with the sequence on one device: 24 in all where K = H.
+
+Stream: input, its gradient and the next one's, float32 rows of the lookup, slices before and after they are joined.
+Queries: q, out, dout, dq in float32 and in their own type; keys: K and V, both gradients in float32 and their own type.
+"""
+RING_ARRAYS = Arrays(stream=0, query=6, key=18)
+"""Beside those, a ring's: K and V in hand and arriving, float32 dK and dV in hand, arriving and of the hop, float32 dq
+of the hop, halves of a zigzag: 24 in all where K = H."""
+OFFLOADED_RING_ARRAYS = Arrays(stream=-2, query=-2, key=-7)
+"""Beside a ring's with ``remat = "offload"``, where the compiler lets go of more: 37 in all where K = H."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device, by what for; ``host`` is the host's memory for it, and in no total."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    batch: int
+    activations: int
+    gathered: int
+    working: int
+    attention: int
+    logits: int
+    program: int
+    host: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the total is made of, in the order in which it fills up."""
+        names = ("parameters", "optimizer", "gradients", "batch", "program", "gathered", "logits", "activations",
+                 "working", "attention")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> int:
+        """All of the device."""
+        return sum(self.parts.values())
+
+
+def parameter_bytes(placed: Placed) -> int:
+    """Of a device's share: an axis that does not divide its dimension is left out there, as the trainer does."""
+    return _parameter_bytes(placed.job.model, placed.sizes["tp"], placed.sharing)
+
+
+@lru_cache(maxsize=512)
+def _parameter_bytes(model: ModelConfig, tp: int, over: int) -> int:
+    total = 0
+    for name, shape in canonical_shapes(model).items():
+        fitted = [
+            size // ranks if size % ranks == 0 else size
+            for size, ranks in zip(shape, _ranks(name, shape, tp, over), strict=True)
+        ]
+        total += prod(fitted) * FLOAT
+    return total
+
+
+def _ranks(name: str, shape: Sequence[int], tp: int, over: int) -> tuple[int, ...]:
+    """Into how many parts each dimension of a canonical parameter ``[out, in]`` is cut."""
+    if len(shape) == 1:
+        return (tp,) if name.endswith(".bias") else (1,)
+    back = name.endswith(("o_proj.weight", "down_proj.weight"))
+    table = name.startswith(("model.embed_tokens", "lm_head"))
+    return (tp, over) if table or not back else (over, tp)
+
+
+def memory(placed: Placed, cost: StrategyCost) -> Memory:
+    """Of one device of ``placed``, whose attention runs as ``cost`` says."""
+    job, stage, tp = placed.job, placed.stage, placed.sizes["tp"]
+    model, tokens = job.model, placed.tokens
+    parameters = parameter_bytes(placed)
+    chunk = min(tokens, job.token_chunk or tokens)
+    kept, host = activations(placed)
+    slices = chunk * (FEED_FORWARD_ARRAYS * model.intermediate_size // tp + model.hidden_size) * job.element_bytes
+    angles = tokens * model.head_dim * FLOAT  # cos and sin of half a head each
+    # While gradients are summed over micro-batches there are those of the sum and of the micro-batch.
+    gradients = parameters * (2 if stage.accumulate > 1 else 1)
+    layer = sum(job.matrix_elements().values()) * FLOAT // tp
+    # The new parameters stand beside the old ones until all are there.
+    gathered = layer + parameters
+    return Memory(
+        parameters=parameters,
+        optimizer=MOMENTS * parameters,
+        gradients=gradients,
+        batch=BATCH_ARRAYS * FLOAT * tokens * stage.accumulate,
+        activations=kept,
+        gathered=gathered,
+        working=_bytes(placed, LOCAL_ARRAYS) + slices + angles,
+        attention=attention_bytes(placed, cost),
+        logits=min(tokens, job.loss_chunk) * model.vocabulary.size // tp * FLOAT,
+        program=PROGRAM,
+        host=host,
+    )
+
+
+def units(placed: Placed) -> tuple[int, int, int]:
+    """Bytes of one array of the stream, of all query heads, and of all key-value heads of a device."""
+    model, shape, tp = placed.job.model, placed.shape, placed.sizes["tp"]
+    size = placed.tokens * placed.job.element_bytes
+    return size * model.hidden_size // tp, size * shape.heads * shape.head_dim, size * shape.kv_heads * shape.head_dim
+
+
+def _bytes(placed: Placed, arrays: Arrays) -> int:
+    stream, query, key = units(placed)
+    return arrays.stream * stream + arrays.query * query + arrays.key * key
+
+
+def activations(placed: Placed) -> tuple[int, int]:
+    """What all layers keep for the backward pass: on the device, and in the host's memory."""
+    job, layers = placed.job, placed.job.model.num_layers
+    stream, query, key = units(placed)
+    lse = placed.tokens * placed.shape.heads * FLOAT
+    hidden = placed.tokens * (job.model.intermediate_size // placed.sizes["tp"]) * job.element_bytes
+    if job.remat == "offload":
+        return layers * lse, layers * (stream + query)
+    attention = query + lse
+    # With slices of tokens a policy keeps the slices' inputs alone; without, also what it names within them.
+    dots = 0 if job.token_chunk else 2 * stream + query + 2 * key + 2 * hidden
+    everything = attention + query + 2 * key + (0 if job.token_chunk else 4 * stream + 3 * hidden)
+    kept = {"full": 0, "attention": attention, "dots": attention + dots, "none": everything}[job.remat]
+    return layers * (stream + kept), 0
+
+
+def attention_bytes(placed: Placed, cost: StrategyCost) -> int:
+    """What a strategy holds beside :data:`LOCAL_ARRAYS` while it runs backward; nothing on one device."""
+    if placed.sizes["sp"] == 1:
+        return 0
+    _, query, key = units(placed)
+    # Exchanging heads has q, out, K, V and their gradients twice: as they came, and as they are dealt.
+    exchanged = 4 * query + 4 * key
+    if cost.strategy == "ulysses":
+        return exchanged
+    if cost.strategy == "allgather":
+        # K and V of all ranks, and their float32 gradients before they are scattered.
+        return round(cost.held * (1 + FLOAT / placed.job.element_bytes))
+    ring = _bytes(placed, RING_ARRAYS)
+    if placed.job.remat == "offload":
+        ring += _bytes(placed, OFFLOADED_RING_ARRAYS)
+    return ring + (exchanged if cost.strategy == "usp" else 0)

@@ -1,0 +1,212 @@
+"""Seconds of a training step by a roofline: arithmetic at a share of the peak, memory traffic, and transfers that no
+arithmetic hides.
+
+A roofline is a bound from below: stalls, imbalance of documents, input and host are not in it. The shares of the peak
+are assumptions, stated here, printed by ``--explain``.
+
+Shapes: T a device's tokens of a micro-batch, E hidden size, H query heads, D head dim, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import isqrt
+
+from lwm_core.attention_cost import (
+    STRATEGIES,
+    MachineRates,
+    StrategyCost,
+    choose_strategy,
+    strategy_cost,
+)
+from lwm_core.model import training_flops_per_token
+from lwm_plan.hardware import Machine
+from lwm_plan.job import Placed
+from lwm_plan.memory import FLOAT, parameter_bytes, units
+
+MATRIX_SHARE = 0.75
+"""Of the peak, what matrix products reach: MaxText's dense models train at 65% MFU on v5p, transfers included."""
+ATTENTION_SHARE = 0.5
+"""Of the peak, what attention kernels reach, as the trainers assume when they choose a strategy."""
+HIDDEN = 0.01
+"""Of the step: what may be exposed of a transfer that is said to hide."""
+STREAM_PASSES = 60
+"""Arrays of the stream's size that a layer reads or writes in HBM, forward and backward together."""
+OPTIMIZER_PASSES = 8
+"""Times that the optimizer goes over the parameters: reads them, their gradients (twice, for the norm) and two moments,
+and writes parameters and moments."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What one axis sends in a step.
+
+    Args:
+        axis: of the mesh, or several.
+        what: ``attention``: keys and values, or heads; ``stream``: gathered and summed over ``tp``; ``parameters``:
+            gathered, their gradients scattered; ``copies``: gradients of parameters that are not shared out.
+        bytes: that a device sends.
+        seconds: that takes alone.
+        exposed: seconds of it that no arithmetic hides.
+        hides: whether what is exposed is less than :data:`HIDDEN` of the step.
+    """
+
+    axis: str
+    what: str
+    bytes: float
+    seconds: float
+    exposed: float
+    hides: bool = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A step's seconds and operations.
+
+    Args:
+        model_flops: of all devices, without recomputation: what MFU counts.
+        executed_flops: of all devices, with it.
+        matrices, attention, update: seconds of arithmetic or of the memory traffic that takes longer.
+        transfers: by axis; axes of one device are left out.
+    """
+
+    model_flops: float
+    executed_flops: float
+    matrices: float
+    attention: float
+    update: float
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.matrices + self.attention + self.update + sum(one.exposed for one in self.transfers)
+
+
+def link(placed: Placed, machine: Machine, axis: str) -> float:
+    """Bytes a second in one direction along ``axis``: the last axes of a mesh lie within an island of GPUs."""
+    order = ("sp", "tp", "fsdp", "dp")
+    span = 1
+    for inner in order[: order.index(axis) + 1]:
+        span *= placed.sizes[inner]
+    device = machine.device
+    return device.link if not device.island or span <= device.island else device.network
+
+
+def attention_cost(placed: Placed, machine: Machine, free: float | None = None) -> tuple[StrategyCost, tuple[str, ...]]:
+    """One layer's attention by the strategy that the job names, or by the cheapest; and why.
+
+    Args:
+        free: bytes for gathered keys and values; looked at where the strategy is free.
+
+    Raises:
+        UnsupportedError: the heads do not divide for the strategy.
+        ShapeError: ``inner`` does not divide ``sp``.
+    """
+    job, ranks = placed.job, placed.sizes["sp"]
+    rates = MachineRates(ATTENTION_SHARE * machine.device.peak_flops, link(placed, machine, "sp"))
+    if ranks == 1:
+        return strategy_cost("ring", placed.shape, 1, rates, job.layout), ("one device holds the whole sequence",)
+    if job.strategy == "auto":
+        choice = choose_strategy(placed.shape, ranks, rates, job.layout, free, STRATEGIES)
+        return choice.cost, choice.reasons
+    inner = job.inner or next(size for size in range(isqrt(ranks), 0, -1) if ranks % size == 0)
+    return strategy_cost(job.strategy, placed.shape, ranks, rates, job.layout, inner), ("the recipe names it",)
+
+
+def recomputed_elements(placed: Placed) -> int:
+    """Matrix elements of a layer that are multiplied again on the way back: all but the last product of a layer, whose
+    result nothing on the way back needs; with no policy, those after attention in slices of tokens alone."""
+    elements = placed.job.matrix_elements()
+    if placed.job.remat in ("full", "attention", "offload"):
+        return sum(elements.values()) - elements["down_proj"]
+    if placed.job.token_chunk:
+        return elements["o_proj"] + elements["gate_proj"] + elements["up_proj"]
+    return 0
+
+
+def executed_matrix_flops(placed: Placed) -> float:
+    """Of matrix products of a step, all devices: 6 a token and element, 2 more for each that is recomputed, 8 for the
+    head's, whose logits are always made again."""
+    model = placed.job.model
+    layer = 6 * sum(placed.job.matrix_elements().values()) + 2 * recomputed_elements(placed)
+    return placed.stage.batch_tokens * (model.num_layers * layer + 8.0 * model.vocabulary.size * model.hidden_size)
+
+
+def model_flops(placed: Placed) -> float:
+    """Of a step, all devices, without recomputation, causal attention counted half."""
+    return _flops_per_token(placed.job.model, placed.stage.seq_len) * placed.stage.batch_tokens
+
+
+_flops_per_token = lru_cache(maxsize=64)(training_flops_per_token)
+
+
+def timing(placed: Placed, cost: StrategyCost, machine: Machine) -> Timing:
+    """One step of ``placed`` with attention as ``cost`` has it."""
+    job, stage, device = placed.job, placed.stage, machine.device
+    layers, micro = job.model.num_layers, stage.accumulate
+    matrix_flops = executed_matrix_flops(placed)
+    again = 2 / 7 if job.remat == "full" else 0.0  # seven products, two of them forward
+    attention = (1 + again) * cost.compute * layers * micro
+    stream, _, _ = units(placed)
+    layer_bytes = sum(job.matrix_elements().values()) * FLOAT / placed.sizes["tp"]
+    traffic = layers * micro * (STREAM_PASSES * stream + 4 * layer_bytes)
+    matrices = max(
+        matrix_flops / placed.devices / (MATRIX_SHARE * device.peak_flops), traffic / device.memory_bandwidth
+    )
+    update = OPTIMIZER_PASSES * parameter_bytes(placed) / device.memory_bandwidth
+    executed = matrix_flops + attention * ATTENTION_SHARE * device.peak_flops * placed.devices
+    found = Timing(
+        model_flops(placed), executed, matrices, attention, update,
+        transfers(placed, cost, machine, matrices, attention),
+    )  # fmt: skip
+    marked = tuple(replace(one, hides=one.exposed <= HIDDEN * found.seconds) for one in found.transfers)
+    return replace(found, transfers=marked)
+
+
+def gathers(placed: Placed) -> tuple[int, int]:
+    """How often a layer gathers the stream over ``tp``, and how often it scatters sums of it.
+
+    Forward the stream is gathered before the projections and before the feed-forward, and scattered after each;
+    recomputation does the same but for the last sum; backward each turns into the other.
+    """
+    again = placed.job.remat in ("full", "attention", "offload")
+    return (6, 5) if again else (4, 4)
+
+
+def transfers(
+    placed: Placed, cost: StrategyCost, machine: Machine, matrices: float, attention: float
+) -> tuple[Transfer, ...]:
+    """What each axis sends, and how much of it the arithmetic that stands beside it leaves exposed."""
+    job, sizes = placed.job, placed.sizes
+    layers, micro, device = job.model.num_layers, placed.stage.accumulate, machine.device
+    both = device.both_ways / device.link
+
+    def made(axis: str, what: str, sent: float, beside: float) -> Transfer:
+        seconds = sent / (both * link(placed, machine, axis.split("+")[0]))
+        return Transfer(axis, what, sent, seconds, max(0.0, seconds - beside))
+
+    found = []
+    if sizes["sp"] > 1:
+        sent = layers * micro * cost.sent
+        again = 1.0 if job.remat != "full" else 1.25  # forward sends a quarter of it once more
+        seconds = sent / link(placed, machine, "sp")
+        found.append(Transfer("sp", "attention", again * sent, again * seconds,
+                              again * layers * micro * cost.exposed))  # fmt: skip
+    if sizes["tp"] > 1:
+        full = placed.tokens * job.model.hidden_size * job.element_bytes * (sizes["tp"] - 1) / sizes["tp"]
+        sent = layers * micro * sum(gathers(placed)) * full
+        found.append(made("tp", "stream", sent, matrices))
+    if placed.sharing > 1:
+        # Gathered forward and backward, gradients scattered once: in float32.
+        share = (placed.sharing - 1) / placed.sharing / sizes["tp"]
+        layer = sum(job.matrix_elements().values()) * FLOAT * share
+        axes = [axis for axis in ("dp", "fsdp", "sp") if axis in job.shard_parameters and sizes[axis] > 1]
+        found.append(made("+".join(axes), "parameters", 3 * layers * micro * layer, matrices + attention))
+    copies = placed.devices // sizes["tp"] // placed.sharing
+    if copies > 1:
+        axes = [axis for axis in ("dp", "fsdp", "sp") if axis not in job.shard_parameters and sizes[axis] > 1]
+        sent = 2 * parameter_bytes(placed) * (copies - 1) / copies
+        found.append(made("+".join(axes), "copies", sent, 0.0))  # they are whole when nothing is left to do
+    return tuple(found)

@@ -1,0 +1,94 @@
+"""``lwm plan RECIPE|FILE|FOLDER``: does it fit, how long does it take, what hides, and what would be better."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lwm_core.cli.overrides import add_overrides
+
+if TYPE_CHECKING:
+    from lwm_plan.hardware import Machine
+    from lwm_plan.plan import StagePlan
+    from lwm_plan.sources import Source
+
+DEFAULT = "v5p-512"
+
+
+def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``lwm plan``."""
+    parser = subparsers.add_parser(
+        "plan", help="what a recipe's stages take on a machine: memory, time, meshes",
+        description="Tell memory, time and meshes of every stage before a device is rented. Nothing is compiled.",
+    )  # fmt: skip
+    parser.add_argument(
+        "source", metavar="RECIPE|FILE|FOLDER", nargs="?",
+        help="a recipe (lwm recipes), a .toml file, or with --to the folder of a Llama (config.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hardware", metavar="NAME", default=DEFAULT,
+        help="such as v4-512, v6e-256, tpu7x-128, h100x64, or a topology, v5p:8x8x4 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage; repeatable")
+    parser.add_argument("--to", type=int, metavar="N", help="a folder: tokens that its context is to reach")
+    parser.add_argument("--tokens", type=int, metavar="N", help="a folder: tokens to train on (1e9)")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="a folder: tokens a step (4M, or a row)")
+    add_overrides(parser)
+    parser.add_argument("--explain", action="store_true", help="print every formula with its numbers")
+    parser.add_argument("--json", action="store_true", help="print {source, hardware, devices, stages} as JSON")
+    parser.add_argument("--list-hardware", action="store_true", help="print the devices that are known, with sources")
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Plan and tell; 1 where a stage does not fit."""
+    import json
+    import sys
+
+    from lwm_core.errors import UsageError
+    from lwm_plan.hardware import read_machine
+    from lwm_plan.plan import plan, to_json
+    from lwm_plan.sources import read_source
+
+    if args.list_hardware:
+        from lwm_plan.show import hardware
+
+        print("\n".join(hardware()))
+        return 0
+    if args.source is None:
+        raise UsageError("lwm plan: name a recipe (lwm recipes), a file, or a model's folder with --to")
+    machine = read_machine(args.hardware)
+    source = read_source(args.source, args.overrides, args.to, args.tokens, args.batch_tokens)
+    _check_names(args.stage, source)
+    stages = plan(source, machine, tuple(args.stage))
+    if args.json:
+        facts = {
+            "source": source.name, "hardware": machine.name, "devices": machine.devices,
+            "device": machine.device.name, "memory": machine.device.memory, "notes": list(source.notes),
+            "stages": [to_json(one) for one in stages],
+        }  # fmt: skip
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        _tell(stages, machine, source, args.explain)
+    return int(any(one.problem is not None for one in stages))
+
+
+def _check_names(names: list[str], source: Source) -> None:
+    from lwm_core.errors import UsageError
+
+    known = [stage.name for stage in source.stages]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--stage {name}: there is no such stage; expected one of {', '.join(known)}")
+
+
+def _tell(stages: tuple[StagePlan, ...], machine: Machine, source: Source, explained: bool) -> None:
+    from lwm_plan.explain import explain
+    from lwm_plan.show import below, table
+
+    print("\n".join(table(stages, machine, source)))
+    for one in stages:
+        for line in [*below(one, source), *(explain(one) if explained else [])]:
+            print(f"{one.stage.name}: {line}")
