@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -16,13 +17,17 @@ import pytest
 from lwm_core import registry
 from lwm_core.cli import main
 from lwm_core.cli.main import _add_plugin_verb, make_parser
+from lwm_core.llama_config import to_huggingface
+from lwm_core.model import preset
+from lwm_core.rope import RopeSpec
+from lwm_core.vocab import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PAGES = [*GUIDES, *sorted([*ROOT.glob("plugins/*/*.md"), *ROOT.glob("contrib/*/*.md")])]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)\s]*)?\)")
-CHEAP = {"recipes", "plugins", "config", "doctor"}
+CHEAP = {"recipes", "plugins", "config", "doctor", "plan"}
 
 
 def _blocks(language: str, pages: list[Path]) -> Iterator[tuple[str, str]]:
@@ -50,8 +55,11 @@ INLINE = sorted({word for page in PAGES for word in re.findall(r"(?<!`)`(lwm [^`
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a reader who wrote down the README's recipe stands."""
+    """The folder in which a reader stands who wrote down the README's recipe and has a Llama."""
     (tmp_path / "my-run.toml").write_text(next(text for page, text in RECIPES if page == "README.md"))
+    (tmp_path / "my-llama").mkdir()
+    llama = to_huggingface(preset("7b", Vocabulary(32_000)), RopeSpec(), 4096, "bfloat16")
+    (tmp_path / "my-llama" / "config.json").write_text(json.dumps(llama))
     monkeypatch.chdir(tmp_path)
     for name in ("LWM_PLUGINS", "LWM_PLUGINS_DISABLE"):
         monkeypatch.delenv(name, raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,12 @@ def test_the_search_finds_what_trying_all_finds() -> None:
                     times.append(one.timing.seconds)
     assert found is not None and found.fits and len(times) > 5
     assert found.timing.seconds == min(times)
+
+
+def test_the_page_shows_predicted_beside_compiled(compiled: list[dict[str, Any]]) -> None:
+    """Every row of the table as it is planned now."""
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "plan.md").read_text()
+    for row in compiled:
+        remat = "" if row["remat"] == "attention" else f", {row['remat']}"
+        sizes = f"{planned(row).memory.total / 2**30:.2f} | {row['bytes'] / 2**30:.2f}"
+        assert f"| {row['group']} {row['stage']}{remat} | {row['topology']} | {sizes} |" in page

@@ -205,3 +205,16 @@ def test_grouped_query_heads_send_and_hold_less() -> None:
     )  # fmt: skip
     assert few.memory.attention < 0.5 * many.memory.attention
     assert few.cost.sent * 4 == many.cost.sent
+
+
+def test_lwm_vision_has_the_stages_that_were_compiled(lwm: Run, compiled: list[dict[str, Any]]) -> None:
+    """The recipe's lengths, rows and meshes are those of the table of compiled steps, and so is its memory."""
+    code, out, _ = lwm("lwm-vision", "--hardware", "v4:8x8x8", "--json")
+    planned = {one["name"]: one for one in json.loads(out)["stages"]}
+    rows = [row for row in compiled if row["group"] == "vision" and row["topology"] == "v4:8x8x8"]
+    assert code == 0 and set(planned) == {row["stage"] for row in rows}
+    for row in rows:
+        one = planned[row["stage"]]
+        assert (one["seq_len"], one["rows"]) == (row["seq_len"], row["rows"])
+        assert one["bytes_per_device"]["total"] == pytest.approx(row["bytes"], rel=0.15)
+    assert [one["steps"] for one in planned.values()] == [43_273, 12_756, 1193, 418, 48]  # tokens ÷ batch, rounded up
