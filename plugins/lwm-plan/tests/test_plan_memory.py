@@ -14,7 +14,7 @@ from lwm_core.errors import ShapeError
 from lwm_plan.hardware import read_machine
 from lwm_plan.job import Job, place
 from lwm_plan.memory import parameter_bytes
-from lwm_plan.stage_plan import Evaluated, evaluate, search
+from lwm_plan.stage_plan import Evaluated, evaluate, search, tried, warnings
 
 
 def planned(row: dict[str, Any]) -> Evaluated:
@@ -100,7 +100,7 @@ def test_the_sum_of_micro_batches_doubles_the_gradients() -> None:
 @pytest.mark.parametrize(
     ("mesh", "rows", "what"),
     [("1,3,16,4", 4, "needs 192 devices"), ("1,-1,3,1", 4, "does not divide"), ("1,64,1,4", 4, "do not divide over"),
-     ("1,-1,64,4", 4, "heads do not divide over tp = 64"), ("1,4,1,64", 4, "")],
+     ("1,-1,64,4", 4, "heads cannot be dealt to 64 ranks"), ("1,4,1,64", 4, "")],
 )  # fmt: skip
 def test_a_mesh_that_does_not_divide_is_refused(mesh: str, rows: int, what: str) -> None:
     job, machine = Job(llama()), read_machine("v5p-512")
@@ -145,3 +145,13 @@ def test_the_page_shows_predicted_beside_compiled(compiled: list[dict[str, Any]]
         remat = "" if row["remat"] == "attention" else f", {row['remat']}"
         sizes = f"{planned(row).memory.total / 2**30:.2f} | {row['bytes'] / 2**30:.2f}"
         assert f"| {row['group']} {row['stage']}{remat} | {row['topology']} | {sizes} |" in page
+
+
+def test_what_tp_does_not_divide_is_held_and_multiplied_whole() -> None:
+    """Qwen2.5 7B: 28 heads divide over 7, a feed-forward of 18944 does not; the search leaves such a tp out."""
+    job, given = Job(llama(name="qwen2.5-7b")), stage(1 << 15, 7, "1,1,7,1")
+    elements = job.matrix_elements(7)
+    assert elements["q_proj"] * 7 == 3584 * 3584 and elements["down_proj"] == 3584 * 18_944
+    machine = read_machine("h100x7")
+    assert "multiplies all of it" in "".join(warnings(job, given, evaluate(job, given, machine)))
+    assert all(one.placed.sizes["tp"] == 1 for one in tried(job, given, machine))

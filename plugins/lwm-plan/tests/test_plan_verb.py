@@ -115,7 +115,7 @@ def test_ways_out_fit_when_they_are_planned_again(name: str) -> None:
     refused = [one for one in plan(source, machine) if one.problem is not None]
     assert refused
     for one in refused:
-        assert len(one.ways) == 3 and len({way.change for way in one.ways}) == 3
+        assert len(one.ways) == 3 and len({(way.change, way.found.mesh) for way in one.ways}) == 3
         for way in one.ways:
             again = evaluate(
                 Job(**{**vars(way.job), "strategy": way.found.cost.strategy, "inner": way.found.cost.inner or None}),

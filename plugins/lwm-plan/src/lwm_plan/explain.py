@@ -22,7 +22,7 @@ def _memory(found: Evaluated) -> list[str]:
     job, model, sizes, stage = placed.job, placed.job.model, placed.sizes, placed.stage
     tp, tokens = sizes["tp"], placed.tokens
     stream, query, key = m.units(placed)
-    layer = sum(job.matrix_elements().values())
+    layer = sum(job.matrix_elements(tp).values())
     local, chunk = m.LOCAL_ARRAYS, min(tokens, job.token_chunk or tokens)
     lines = [
         f"T = rows · S / sp = {placed.rows} · {stage.seq_len} / {sizes['sp']} = {tokens} tokens a device",
@@ -33,7 +33,7 @@ def _memory(found: Evaluated) -> list[str]:
         f"optimizer = 2 · parameters = {gib(mem.optimizer)}; gradients = {gib(mem.gradients)}",
         f"activations ({job.remat}) = L {model.num_layers} layers, {gib(mem.activations // model.num_layers)} each = "
         f"{gib(mem.activations)}" + (f", and {gib(mem.host)} in the host's memory" if mem.host else ""),
-        f"gathered = a layer 4·{layer}/tp {tp} + parameters = {gib(mem.gathered)}",
+        f"gathered = a layer's share of tp, 4·{layer}, + parameters = {gib(mem.gathered)}",
         f"working = {local.stream} streams + {local.query} queries + {local.key} keys + {chunk} tokens · "
         f"({m.FEED_FORWARD_ARRAYS}·F/tp + E)·{job.element_bytes} + T·D·4 = {gib(mem.working)}",
         f"attention ({found.strategy} over {sizes['sp']}) = {gib(mem.attention)}",
@@ -51,7 +51,8 @@ def _flops(found: Evaluated) -> list[str]:
     return [
         f"flops: model = tokens · (6·N + 6·L·H·D·S), causal counted half = {stage.batch_tokens} · (6·{matrices} + "
         f"6·{model.num_layers}·{model.num_heads}·{model.head_dim}·{stage.seq_len}) = {found.timing.model_flops:.4g}",
-        f"flops: executed matrices = tokens · (L·(6·N_layer + 2·{t.recomputed_elements(placed)} recomputed) + 8·V·E) = "
+        f"flops: executed matrices = tokens · tp·(L·(6·N_layer/tp + 2·{t.recomputed_elements(placed)} recomputed) + "
+        f"8·V/tp·E) = "
         f"{t.executed_matrix_flops(placed):.4g}; attention's {FORWARD_PRODUCTS} products forward and "
         f"{BACKWARD_PRODUCTS} backward make that {found.timing.executed_flops:.4g}",
     ]

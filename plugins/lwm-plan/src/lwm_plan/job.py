@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
-from lwm_core.attention_cost import AttentionShape
+from lwm_core.attention_cost import AttentionShape, repeated_kv_heads
 from lwm_core.errors import ShapeError, UnsupportedError
 from lwm_core.launch import first_misfit
 from lwm_core.layout import LayoutKind, SequenceLayout
@@ -19,7 +19,8 @@ from lwm_core.model import ModelConfig, canonical_shapes
 from lwm_core.protocols import Stage
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-REMATS = ("none", "full", "attention", "offload", "dots")
+BACK = ("o_proj", "down_proj")
+"""Matrices that lead back into the residual stream: ``tp`` cuts what goes in, of others what comes out."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,28 @@ class Job:
                 "use the trainer jax or torch"
             ) from None
 
-    def matrix_elements(self) -> dict[str, int]:
-        """Elements of one layer's matrices by their last name (``q_proj`` …)."""
-        return _matrix_elements(self.model)
+    def matrix_elements(self, tp: int = 1) -> dict[str, int]:
+        """Elements of one layer's matrices by their last name (``q_proj`` …) on one of ``tp`` devices.
+
+        What ``tp`` does not divide every device has, and multiplies, whole.
+        """
+        return _matrix_elements(self.model, tp)
 
 
 @lru_cache(maxsize=32)
-def _matrix_elements(model: ModelConfig) -> dict[str, int]:
-    prefix = "model.layers.0."
-    return {
-        name.split(".")[-2]: shape[0] * shape[1]
-        for name, shape in canonical_shapes(model).items()
-        if name.startswith(prefix) and len(shape) == 2
-    }
+def _matrix_elements(model: ModelConfig, tp: int) -> dict[str, int]:
+    found = {}
+    for full, shape in canonical_shapes(model).items():
+        if full.startswith("model.layers.0.") and len(shape) == 2:
+            name = full.split(".")[-2]
+            cut = shape[1] if name in BACK else shape[0]
+            found[name] = shape[0] * shape[1] // (tp if cut % tp == 0 else 1)
+    return found
+
+
+def part(size: int, ranks: int) -> int:
+    """A rank's part of a dimension; all of it where it does not divide."""
+    return size if size % ranks else size // ranks
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,9 @@ class Placed:
         """Attention of one layer and one tensor-parallel rank; key-value heads are repeated until each has one."""
         model, tp = self.job.model, self.sizes["tp"]
         return AttentionShape(
-            seq_len=self.stage.seq_len, heads=model.num_heads // tp, kv_heads=max(1, model.num_kv_heads // tp),
+            seq_len=self.stage.seq_len,
+            heads=model.num_heads // tp,
+            kv_heads=repeated_kv_heads(model.num_heads, model.num_kv_heads, tp) // tp,
             head_dim=model.head_dim, rows=self.rows, element_bytes=self.job.element_bytes, document=self.job.document,
         )  # fmt: skip
 
@@ -144,11 +156,11 @@ def place(job: Job, stage: Stage, devices: int, mesh: str | None = None) -> Plac
     if misfit is not None:
         raise ShapeError(misfit[1])
     sizes = resolve_mesh(text, devices)
-    model, tp = job.model, sizes["tp"]
-    if model.num_heads % tp or (model.num_kv_heads % tp and tp % model.num_kv_heads):
-        raise ShapeError(
-            f"mesh {text!r}: {model.num_heads} query and {model.num_kv_heads} key-value heads do not divide over "
-            f"tp = {tp}; use a tp that they divide by"
-        )
-    SequenceLayout(job.layout, sizes["sp"]).check(stage.seq_len)
+    try:
+        repeated_kv_heads(job.model.num_heads, job.model.num_kv_heads, sizes["tp"])
+    except UnsupportedError as error:
+        raise ShapeError(f"mesh {text!r}: {error}") from None
+    # Whoever exchanges all heads has whole sequences, in natural order.
+    layout = "contiguous" if job.strategy == "ulysses" else job.layout
+    SequenceLayout(layout, sizes["sp"]).check(stage.seq_len)
     return Placed(job, stage, sizes)

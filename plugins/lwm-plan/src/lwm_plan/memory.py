@@ -21,7 +21,7 @@ from math import prod
 
 from lwm_core.attention_cost import StrategyCost
 from lwm_core.model import ModelConfig, canonical_shapes
-from lwm_plan.job import Placed
+from lwm_plan.job import BACK, Placed, part
 
 FLOAT = 4
 """Bytes of a parameter, a gradient, a moment, a logit."""
@@ -95,10 +95,7 @@ def parameter_bytes(placed: Placed) -> int:
 def _parameter_bytes(model: ModelConfig, tp: int, over: int) -> int:
     total = 0
     for name, shape in canonical_shapes(model).items():
-        fitted = [
-            size // ranks if size % ranks == 0 else size
-            for size, ranks in zip(shape, _ranks(name, shape, tp, over), strict=True)
-        ]
+        fitted = [part(size, ranks) for size, ranks in zip(shape, _ranks(name, shape, tp, over), strict=True)]
         total += prod(fitted) * FLOAT
     return total
 
@@ -107,9 +104,7 @@ def _ranks(name: str, shape: Sequence[int], tp: int, over: int) -> tuple[int, ..
     """Into how many parts each dimension of a canonical parameter ``[out, in]`` is cut."""
     if len(shape) == 1:
         return (tp,) if name.endswith(".bias") else (1,)
-    back = name.endswith(("o_proj.weight", "down_proj.weight"))
-    table = name.startswith(("model.embed_tokens", "lm_head"))
-    return (tp, over) if table or not back else (over, tp)
+    return (over, tp) if name.split(".")[-2] in BACK else (tp, over)
 
 
 def memory(placed: Placed, cost: StrategyCost) -> Memory:
@@ -119,11 +114,11 @@ def memory(placed: Placed, cost: StrategyCost) -> Memory:
     parameters = parameter_bytes(placed)
     chunk = min(tokens, job.token_chunk or tokens)
     kept, host = activations(placed)
-    slices = chunk * (FEED_FORWARD_ARRAYS * model.intermediate_size // tp + model.hidden_size) * job.element_bytes
+    slices = chunk * (FEED_FORWARD_ARRAYS * part(model.intermediate_size, tp) + model.hidden_size) * job.element_bytes
     angles = tokens * model.head_dim * FLOAT  # cos and sin of half a head each
     # While gradients are summed over micro-batches there are those of the sum and of the micro-batch.
     gradients = parameters * (2 if stage.accumulate > 1 else 1)
-    layer = sum(job.matrix_elements().values()) * FLOAT // tp
+    layer = sum(job.matrix_elements(tp).values()) * FLOAT
     # The new parameters stand beside the old ones until all are there.
     gathered = layer + parameters
     return Memory(
@@ -135,7 +130,7 @@ def memory(placed: Placed, cost: StrategyCost) -> Memory:
         gathered=gathered,
         working=_bytes(placed, LOCAL_ARRAYS) + slices + angles,
         attention=attention_bytes(placed, cost),
-        logits=min(tokens, job.loss_chunk) * model.vocabulary.size // tp * FLOAT,
+        logits=min(tokens, job.loss_chunk) * part(model.vocabulary.size, tp) * FLOAT,
         program=PROGRAM,
         host=host,
     )
@@ -145,7 +140,11 @@ def units(placed: Placed) -> tuple[int, int, int]:
     """Bytes of one array of the stream, of all query heads, and of all key-value heads of a device."""
     model, shape, tp = placed.job.model, placed.shape, placed.sizes["tp"]
     size = placed.tokens * placed.job.element_bytes
-    return size * model.hidden_size // tp, size * shape.heads * shape.head_dim, size * shape.kv_heads * shape.head_dim
+    return (
+        size * part(model.hidden_size, tp),
+        size * shape.heads * shape.head_dim,
+        size * shape.kv_heads * shape.head_dim,
+    )
 
 
 def _bytes(placed: Placed, arrays: Arrays) -> int:
@@ -158,7 +157,7 @@ def activations(placed: Placed) -> tuple[int, int]:
     job, layers = placed.job, placed.job.model.num_layers
     stream, query, key = units(placed)
     lse = placed.tokens * placed.shape.heads * FLOAT
-    hidden = placed.tokens * (job.model.intermediate_size // placed.sizes["tp"]) * job.element_bytes
+    hidden = placed.tokens * part(job.model.intermediate_size, placed.sizes["tp"]) * job.element_bytes
     if job.remat == "offload":
         return layers * lse, layers * (stream + query)
     attention = query + lse

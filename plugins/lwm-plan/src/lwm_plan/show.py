@@ -24,7 +24,7 @@ def table(stages: Sequence[StagePlan], machine: Machine, source: Source) -> list
     whole = [one.chosen for one in stages if one.chosen is not None]
     if len(whole) == len(stages):
         seconds = sum(found.stage_seconds for found in whole)
-        lines.append(f"all: {_span(seconds)}, {seconds * machine.devices / 3600:,.3g} device-hours")
+        lines.append(f"all: {_span(seconds)}, {_hours(seconds * machine.devices)} device-hours")
     return lines
 
 
@@ -37,7 +37,7 @@ def _row(one: StagePlan) -> tuple[str, ...]:
     return (
         *start, found.strategy, f"{found.memory.total / 2**30:.2f}", "yes" if found.fits else "no",
         f"{found.timing.seconds:.3g}", f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
-        _span(found.stage_seconds), f"{found.stage_seconds * found.machine.devices / 3600:,.3g}", axes,
+        _span(found.stage_seconds), _hours(found.stage_seconds * found.machine.devices), axes,
     )  # fmt: skip
 
 
@@ -47,6 +47,10 @@ def _span(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.2g} s"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.0f}" if seconds >= 36_000 else f"{seconds / 3600:.2g}"
 
 
 def below(one: StagePlan, source: Source) -> list[str]:
@@ -62,6 +66,8 @@ def below(one: StagePlan, source: Source) -> list[str]:
         lines.append(f"best found: {one.best.mesh}, {one.best.strategy}; {one.why}" if faster else one.why)
     elif one.best is not None:
         lines.append(one.why)
+    if one.chosen is not None and one.chosen.memory.host:
+        lines.append(f"{gib(one.chosen.memory.host)} in the host's memory for each device")
     return lines + [f"warning: {warning}" for warning in one.warnings]
 
 

@@ -95,7 +95,9 @@ def _divisors(number: int) -> list[int]:
 
 def meshes(job: Job, stage: Stage, devices: int) -> Iterator[str]:
     """Meshes that could divide; what is left of the devices is ``fsdp``, or ``dp`` where the model may be copied."""
-    for tp in (size for size in _divisors(devices) if job.model.num_heads % size == 0):
+    model = job.model
+    cut = (model.num_heads, model.hidden_size, model.intermediate_size)
+    for tp in (size for size in _divisors(devices) if not any(dimension % size for dimension in cut)):
         for sp in _divisors(devices // tp):
             rest = devices // tp // sp
             if (stage.rows // stage.accumulate) % rest == 0:
@@ -104,14 +106,10 @@ def meshes(job: Job, stage: Stage, devices: int) -> Iterator[str]:
                     yield f"{rest},1,{tp},{sp}"
 
 
-def search(job: Job, stage: Stage, machine: Machine, room: float = 1.0) -> Evaluated | None:
-    """The fastest mesh that fits, or, where none does, the one that needs least memory; none where none divides.
+def tried(job: Job, stage: Stage, machine: Machine) -> list[Evaluated]:
+    """Every mesh that divides, the fastest first, attention by the cheapest strategy of each.
 
-    Attention runs by the cheapest strategy of each mesh. Of equals the one with fewer ranks of ``sp`` and then of
-    ``tp`` is taken.
-
-    Args:
-        room: share of the memory that may be taken.
+    Of equals the one with fewer ranks of ``sp`` and then of ``tp`` comes first.
     """
     free = replace(job, strategy="auto", inner=None)
     found = []
@@ -120,10 +118,18 @@ def search(job: Job, stage: Stage, machine: Machine, room: float = 1.0) -> Evalu
             found.append(evaluate(free, stage, machine, mesh))
         except LwmError:
             continue  # heads or length do not divide over this one
-    fitting = [one for one in found if one.memory.total <= room * machine.device.memory]
-    if fitting:
-        return min(fitting, key=lambda one: (one.timing.seconds, one.placed.sizes["sp"], one.placed.sizes["tp"]))
-    return min(found, key=lambda one: one.memory.total, default=None)
+    return sorted(found, key=lambda one: (one.timing.seconds, one.placed.sizes["sp"], one.placed.sizes["tp"]))
+
+
+def search(job: Job, stage: Stage, machine: Machine, room: float = 1.0) -> Evaluated | None:
+    """The fastest mesh that fits, or, where none does, the one that needs least memory; none where none divides.
+
+    Args:
+        room: share of the memory that may be taken.
+    """
+    found = tried(job, stage, machine)
+    fitting = (one for one in found if one.memory.total <= room * machine.device.memory)
+    return next(fitting, None) or min(found, key=lambda one: one.memory.total, default=None)
 
 
 @lru_cache(maxsize=64)
@@ -143,6 +149,19 @@ def rope_warning(rope: RopeSpec, head_dim: int, seq_len: int) -> str | None:
     )
 
 
+def _of_mesh(job: Job, chosen: Evaluated) -> list[str]:
+    """What was not held against a compiler, and what does not divide."""
+    found = []
+    tp, device = chosen.placed.sizes["tp"], chosen.machine.device
+    if job.model.intermediate_size % tp or job.model.hidden_size % tp:
+        found.append(f"tp = {tp} does not divide the hidden or feed-forward size: every device multiplies all of it")
+    if chosen.placed.sizes["sp"] > 1 and chosen.cost.strategy != "ring":
+        found.append(f"{chosen.cost.strategy}: its buffers are counted by the code, not held against a compiler")
+    if device.island:
+        found.append("memory is counted as the TPU's compiler lays it out; a GPU's may differ")
+    return found
+
+
 def warnings(job: Job, stage: Stage, chosen: Evaluated | None) -> tuple[str, ...]:
     """All that should be known about a stage besides its figures."""
     found = [rope_warning(stage.rope, job.model.head_dim, stage.seq_len)]
@@ -157,6 +176,7 @@ def warnings(job: Job, stage: Stage, chosen: Evaluated | None) -> tuple[str, ...
     if job.remat == "offload":
         found.append("remat 'offload': the time to and from the host's memory is not in the step")
     if chosen is not None:
+        found += _of_mesh(job, chosen)
         share = chosen.memory.total / chosen.machine.device.memory
         if NEAR < share <= 1:
             found.append(f"memory is {share:.0%} full, and the count is right within 15%: compile it (lwm aot) first")

@@ -22,7 +22,7 @@ from lwm_core.attention_cost import (
 )
 from lwm_core.model import training_flops_per_token
 from lwm_plan.hardware import Machine
-from lwm_plan.job import Placed
+from lwm_plan.job import Placed, part
 from lwm_plan.memory import FLOAT, parameter_bytes, units
 
 MATRIX_SHARE = 0.75
@@ -116,9 +116,9 @@ def attention_cost(placed: Placed, machine: Machine, free: float | None = None) 
 
 
 def recomputed_elements(placed: Placed) -> int:
-    """Matrix elements of a layer that are multiplied again on the way back: all but the last product of a layer, whose
-    result nothing on the way back needs; with no policy, those after attention in slices of tokens alone."""
-    elements = placed.job.matrix_elements()
+    """Matrix elements of a layer on a device that are multiplied again on the way back: all but the last product of a
+    layer, whose result nothing on the way back needs; with no policy, those after attention, in slices of tokens."""
+    elements = placed.job.matrix_elements(placed.sizes["tp"])
     if placed.job.remat in ("full", "attention", "offload"):
         return sum(elements.values()) - elements["down_proj"]
     if placed.job.token_chunk:
@@ -129,9 +129,10 @@ def recomputed_elements(placed: Placed) -> int:
 def executed_matrix_flops(placed: Placed) -> float:
     """Of matrix products of a step, all devices: 6 a token and element, 2 more for each that is recomputed, 8 for the
     head's, whose logits are always made again."""
-    model = placed.job.model
-    layer = 6 * sum(placed.job.matrix_elements().values()) + 2 * recomputed_elements(placed)
-    return placed.stage.batch_tokens * (model.num_layers * layer + 8.0 * model.vocabulary.size * model.hidden_size)
+    model, tp = placed.job.model, placed.sizes["tp"]
+    layer = 6 * sum(placed.job.matrix_elements(tp).values()) + 2 * recomputed_elements(placed)
+    head = 8 * part(model.vocabulary.size, tp) * model.hidden_size
+    return float(placed.stage.batch_tokens * tp * (model.num_layers * layer + head))
 
 
 def model_flops(placed: Placed) -> float:
@@ -150,7 +151,7 @@ def timing(placed: Placed, cost: StrategyCost, machine: Machine) -> Timing:
     again = 2 / 7 if job.remat == "full" else 0.0  # seven products, two of them forward
     attention = (1 + again) * cost.compute * layers * micro
     stream, _, _ = units(placed)
-    layer_bytes = sum(job.matrix_elements().values()) * FLOAT / placed.sizes["tp"]
+    layer_bytes = sum(job.matrix_elements(placed.sizes["tp"]).values()) * FLOAT
     traffic = layers * micro * (STREAM_PASSES * stream + 4 * layer_bytes)
     matrices = max(
         matrix_flops / placed.devices / (MATRIX_SHARE * device.peak_flops), traffic / device.memory_bandwidth
@@ -200,8 +201,8 @@ def transfers(
         found.append(made("tp", "stream", sent, matrices))
     if placed.sharing > 1:
         # Gathered forward and backward, gradients scattered once: in float32.
-        share = (placed.sharing - 1) / placed.sharing / sizes["tp"]
-        layer = sum(job.matrix_elements().values()) * FLOAT * share
+        share = (placed.sharing - 1) / placed.sharing
+        layer = sum(job.matrix_elements(sizes["tp"]).values()) * FLOAT * share
         axes = [axis for axis in ("dp", "fsdp", "sp") if axis in job.shard_parameters and sizes[axis] > 1]
         found.append(made("+".join(axes), "parameters", 3 * layers * micro * layer, matrices + attention))
     copies = placed.devices // sizes["tp"] // placed.sharing

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lwm_core.protocols import Stage
 from lwm_plan.hardware import DEVICES, Machine
 from lwm_plan.job import Job
-from lwm_plan.stage_plan import NEAR, Evaluated, search
+from lwm_plan.stage_plan import NEAR, Evaluated, search, tried
 
 OFFERED = 3
 MOST_TIMES = 64
@@ -38,14 +38,16 @@ class WayOut:
 
 
 def ways_out(job: Job, stage: Stage, machine: Machine, index: int = 0) -> tuple[WayOut, ...]:
-    """The first :data:`OFFERED` changes that fit, those first that change least of what is trained.
+    """The fastest :data:`OFFERED` meshes that fit; where none does, the first changes that fit, those first that change
+    least of what is trained.
 
     Args:
         index: of the stage in the recipe, for the keys.
     """
-    offered: list[WayOut] = []
-    for tried in _families(job, stage, machine, index):
-        way = _first_that_fits(tried, index)
+    fitting = [one for one in tried(job, stage, machine) if one.memory.total <= NEAR * machine.device.memory]
+    offered = [_way("another mesh", (), job, stage, one, index) for one in fitting[:OFFERED]]
+    for family in _families(job, stage, machine, index) if not offered else ():
+        way = _first_that_fits(family, index)
         if way is not None:
             offered.append(way)
         if len(offered) == OFFERED:
@@ -60,7 +62,6 @@ def _families(job: Job, stage: Stage, machine: Machine, index: int) -> Iterator[
     """Kinds of change, each with its tries from the least to the most."""
     remats = [remat for remat in ("attention", "offload") if remat != job.remat]
     micros = _divisible(stage.accumulate, stage.rows)
-    yield [("another mesh", (), job, stage, machine)]
     yield [(*_remat(job, remat), stage, machine) for remat in remats]
     yield [(*_micro(job, stage, times, index), machine) for times in micros]
     yield [_both(job, stage, remat, times, index, machine) for remat in remats for times in micros]
@@ -104,14 +105,18 @@ def _shorter(job: Job, stage: Stage, length: int, index: int, machine: Machine) 
     return f"rows of {length} tokens, {times} micro-batches a step", keys, job, short, machine
 
 
-def _first_that_fits(tried: list[_Try], index: int) -> WayOut | None:
-    for change, keys, job, stage, machine in tried:
+def _first_that_fits(family: list[_Try], index: int) -> WayOut | None:
+    for change, keys, job, stage, machine in family:
         found = search(job, stage, machine, NEAR)
         if found is not None and found.memory.total <= NEAR * machine.device.memory:
-            mesh = f'stages.{index}.mesh="{found.mesh}"'
-            chosen = (*keys, mesh, *_attention_keys(job, found))
-            return WayOut(change, chosen, job, replace(stage, mesh=found.mesh), machine, found)
+            return _way(change, keys, job, stage, found, index)
     return None
+
+
+def _way(change: str, keys: tuple[str, ...], job: Job, stage: Stage, found: Evaluated, index: int) -> WayOut:
+    mesh = f'stages.{index}.mesh="{found.mesh}"'
+    chosen = (*keys, mesh, *_attention_keys(job, found))
+    return WayOut(change, chosen, job, replace(stage, mesh=found.mesh), found.machine, found)
 
 
 def _attention_keys(job: Job, found: Evaluated) -> tuple[str, ...]:
