@@ -37,6 +37,15 @@ def test_memory_is_within_15_percent_of_the_compilers(compiled: list[dict[str, A
     assert abs(np.mean(list(ratios.values())) - 1) < 0.02  # and not all to one side
 
 
+def test_a_step_that_set_no_number_is_within_15_percent_too() -> None:
+    """Llama-3 8B's shape, 8 key-value heads, compiled by libtpu 0.0.42.1: ``lwm aot lwm-text --topology v5p:8x8x4
+    --stage 1M -s model.preset=llama3-8b -s 'stages.4.mesh="1,4,8,8"'``."""
+    job = Job(llama(name="llama3-8b"), strategy="ring")
+    found = evaluate(job, stage(1 << 20, 4, "1,4,8,8"), read_machine("v5p:8x8x4"))
+    assert found.memory.parameters == 114_212_864
+    assert found.memory.total == pytest.approx(12_325_197_888, rel=0.15)
+
+
 def test_shares_of_parameters_and_the_hosts_memory_are_the_compilers(compiled: list[dict[str, Any]]) -> None:
     """To the byte: they are what is laid out by rule alone."""
     for row in compiled:

@@ -218,3 +218,14 @@ def test_lwm_vision_has_the_stages_that_were_compiled(lwm: Run, compiled: list[d
         assert (one["seq_len"], one["rows"]) == (row["seq_len"], row["rows"])
         assert one["bytes_per_device"]["total"] == pytest.approx(row["bytes"], rel=0.15)
     assert [one["steps"] for one in planned.values()] == [43_273, 12_756, 1193, 418, 48]  # tokens ÷ batch, rounded up
+
+
+@pytest.mark.parametrize(("strategy", "inner", "keys"), [("usp", None, 1), ("ulysses", None, 1), ("auto", None, 0)])
+def test_a_way_out_sets_the_attention_that_it_was_tried_with(strategy: str, inner: int | None, keys: int) -> None:
+    """A recipe of another strategy gets the key; ``auto`` finds it by itself."""
+    one = plan_stage(
+        Job(llama(), strategy=strategy, inner=inner), stage(1 << 20, 4, "1,1,1,-1"), read_machine("h100x8")
+    )
+    assert one.problem is not None and len(one.ways) == 3
+    for way in one.ways:
+        assert sum(key.startswith("attention.strategy=") for key in way.keys) == keys

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
+from typing import NoReturn
 
 from lwm_core.errors import UsageError
 from lwm_core.registry.catalogue import near_miss
@@ -114,7 +115,9 @@ def read_machine(name: str) -> Machine:
         _refuse(name, text, device)
     if match["torus"]:
         devices = prod(int(side) for side in match["torus"].split("x")) * device.devices_per_chip
-        return Machine(name, device, devices) if devices else _refuse(name, text, device)
+        if not devices:
+            _refuse(name, text, device)
+        return Machine(name, device, devices)
     count = float(int(match["count"])) / device.cores
     if count < 1 or count != int(count):
         raise UsageError(
@@ -129,7 +132,7 @@ def _written_so(device: Device, match: re.Match[str]) -> bool:
     return match["sign"] == "x" if device.island else match["sign"] == "-" or match["torus"] is not None
 
 
-def _refuse(name: str, text: str, device: Device | None) -> Machine:
+def _refuse(name: str, text: str, device: Device | None) -> NoReturn:
     """Say what was nearly meant."""
     kind = device.name if device else near_miss(re.sub(r"[-x:]\d*$", "", text), DEVICES)
     number = re.search(r"[-x](\d+)$", text)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lwm_plan.hardware import DEVICES, EXAMPLES, Machine
 from lwm_plan.plan import SAME, StagePlan, gib
 from lwm_plan.sources import Source
+from lwm_plan.ways_out import WayOut
 
 COLUMNS = ("stage", "tokens a row", "mesh", "attention", "GiB a device", "fits", "s a step", "MFU", "tokens/s", "takes",
            "device-hours", "hides")  # fmt: skip
@@ -71,10 +72,7 @@ def below(one: StagePlan, source: Source) -> list[str]:
     return lines + [f"warning: {warning}" for warning in one.warnings]
 
 
-def _way(way: object, source: Source) -> str:
-    from lwm_plan.ways_out import WayOut
-
-    assert isinstance(way, WayOut)
+def _way(way: WayOut, source: Source) -> str:
     found = way.found
     keys = " ".join(f"-s '{key}'" for key in way.keys) if source.literal and not source.free else ""
     return (

@@ -170,7 +170,7 @@ def warnings(job: Job, stage: Stage, chosen: Evaluated | None) -> tuple[str, ...
     if job.remat not in COMPARED:
         found.append(f"remat {job.remat!r}: counted by the code, not held against a compiler")
     if job.model.num_kv_heads != job.model.num_heads:
-        found.append("grouped-query heads: the working memory is counted by the code, not held against a compiler")
+        found.append("grouped-query heads: memory was held against one compiled step alone")
     if job.element_bytes != BFLOAT16:
         found.append("compute_dtype is not bfloat16: the times are those of bfloat16 products")
     if job.remat == "offload":

@@ -46,12 +46,11 @@ def ways_out(job: Job, stage: Stage, machine: Machine, index: int = 0) -> tuple[
     """
     fitting = [one for one in tried(job, stage, machine) if one.memory.total <= NEAR * machine.device.memory]
     offered = [_way("another mesh", (), job, stage, one, index) for one in fitting[:OFFERED]]
-    for family in _families(job, stage, machine, index) if not offered else ():
+    families = _families(job, stage, machine, index)
+    while len(offered) < OFFERED and (family := next(families, None)) is not None:
         way = _first_that_fits(family, index)
         if way is not None:
             offered.append(way)
-        if len(offered) == OFFERED:
-            break
     return tuple(offered)
 
 
@@ -121,7 +120,8 @@ def _way(change: str, keys: tuple[str, ...], job: Job, stage: Stage, found: Eval
 
 def _attention_keys(job: Job, found: Evaluated) -> tuple[str, ...]:
     """What the recipe's attention must be set to where the search found another strategy."""
-    if job.strategy == "auto" or (job.strategy == found.cost.strategy and job.inner in (None, found.cost.inner)):
+    same = job.strategy == found.cost.strategy and (job.strategy != "usp" or job.inner == found.cost.inner)
+    if job.strategy == "auto" or same:
         return ()
     inner = (f"attention.inner={found.cost.inner}",) if found.cost.strategy == "usp" else ()
     return (f"attention.strategy={found.cost.strategy}", *inner)
