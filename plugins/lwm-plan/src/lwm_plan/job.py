@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from lwm_core.attention_cost import AttentionShape, repeated_kv_heads
@@ -110,22 +110,22 @@ class Placed:
     stage: Stage
     sizes: Mapping[str, int]
 
-    @property
+    @cached_property
     def devices(self) -> int:
         """All of them."""
         return self.sizes["dp"] * self.sizes["fsdp"] * self.sizes["tp"] * self.sizes["sp"]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a micro-batch on a device."""
         return self.stage.rows // self.stage.accumulate // data_ranks(self.sizes)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """T: a micro-batch's tokens on a device; ``tp`` devices have the same."""
         return self.rows * self.stage.seq_len // self.sizes["sp"]
 
-    @property
+    @cached_property
     def sharing(self) -> int:
         """Devices beside ``tp`` that share one copy of the parameters out."""
         count = 1
@@ -133,7 +133,7 @@ class Placed:
             count *= self.sizes[axis]
         return count
 
-    @property
+    @cached_property
     def shape(self) -> AttentionShape:
         """Attention of one layer and one tensor-parallel rank; key-value heads are repeated until each has one."""
         model, tp = self.job.model, self.sizes["tp"]

@@ -136,6 +136,11 @@ def memory(placed: Placed, cost: StrategyCost) -> Memory:
     )
 
 
+def least(placed: Placed) -> int:
+    """Bytes that a step takes at least, whatever its attention does."""
+    return (MOMENTS + 2) * parameter_bytes(placed) + activations(placed)[0]
+
+
 def units(placed: Placed) -> tuple[int, int, int]:
     """Bytes of one array of the stream, of all query heads, and of all key-value heads of a device."""
     model, shape, tp = placed.job.model, placed.shape, placed.sizes["tp"]

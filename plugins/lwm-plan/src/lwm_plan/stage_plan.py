@@ -13,7 +13,7 @@ from lwm_core.rope import RopeSpec, first_base_violation
 from lwm_core.rope_scalings import base_bound_theta
 from lwm_plan.hardware import Machine
 from lwm_plan.job import Job, Placed, place
-from lwm_plan.memory import Memory, memory
+from lwm_plan.memory import Memory, least, memory
 from lwm_plan.timing import Timing, attention_cost, timing
 
 GATHERED_SHARE = 1 / 16
@@ -106,30 +106,33 @@ def meshes(job: Job, stage: Stage, devices: int) -> Iterator[str]:
                     yield f"{rest},1,{tp},{sp}"
 
 
-def tried(job: Job, stage: Stage, machine: Machine) -> list[Evaluated]:
+def tried(job: Job, stage: Stage, machine: Machine, room: float | None = None) -> list[Evaluated]:
     """Every mesh that divides, the fastest first, attention by the cheapest strategy of each.
 
     Of equals the one with fewer ranks of ``sp`` and then of ``tp`` comes first.
+
+    Args:
+        room: share of the memory that may be taken; none: what does not fit is there too.
     """
+    limit = None if room is None else room * machine.device.memory
     free = replace(job, strategy="auto", inner=None)
     found = []
     for mesh in meshes(job, stage, machine.devices):
         try:
-            found.append(evaluate(free, stage, machine, mesh))
+            if limit is not None and least(place(free, stage, machine.devices, mesh)) > limit:
+                continue
+            one = evaluate(free, stage, machine, mesh)
         except LwmError:
             continue  # heads or length do not divide over this one
+        if limit is None or one.memory.total <= limit:
+            found.append(one)
     return sorted(found, key=lambda one: (one.timing.seconds, one.placed.sizes["sp"], one.placed.sizes["tp"]))
 
 
-def search(job: Job, stage: Stage, machine: Machine, room: float = 1.0) -> Evaluated | None:
-    """The fastest mesh that fits, or, where none does, the one that needs least memory; none where none divides.
-
-    Args:
-        room: share of the memory that may be taken.
-    """
+def search(job: Job, stage: Stage, machine: Machine) -> Evaluated | None:
+    """The fastest mesh that fits, or, where none does, the one that needs least memory; none where none divides."""
     found = tried(job, stage, machine)
-    fitting = (one for one in found if one.memory.total <= room * machine.device.memory)
-    return next(fitting, None) or min(found, key=lambda one: one.memory.total, default=None)
+    return next((one for one in found if one.fits), None) or min(found, key=lambda one: one.memory.total, default=None)
 
 
 @lru_cache(maxsize=64)

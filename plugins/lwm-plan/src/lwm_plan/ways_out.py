@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lwm_core.protocols import Stage
 from lwm_plan.hardware import DEVICES, Machine
 from lwm_plan.job import Job
-from lwm_plan.stage_plan import NEAR, Evaluated, search, tried
+from lwm_plan.stage_plan import NEAR, Evaluated, tried
 
 OFFERED = 3
 MOST_TIMES = 64
@@ -44,8 +44,8 @@ def ways_out(job: Job, stage: Stage, machine: Machine, index: int = 0) -> tuple[
     Args:
         index: of the stage in the recipe, for the keys.
     """
-    fitting = [one for one in tried(job, stage, machine) if one.memory.total <= NEAR * machine.device.memory]
-    offered = [_way("another mesh", (), job, stage, one, index) for one in fitting[:OFFERED]]
+    fitting = tried(job, stage, machine, NEAR)[:OFFERED]
+    offered = [_way("another mesh", (), job, stage, one, index) for one in fitting]
     families = _families(job, stage, machine, index)
     while len(offered) < OFFERED and (family := next(families, None)) is not None:
         way = _first_that_fits(family, index)
@@ -68,16 +68,27 @@ def _families(job: Job, stage: Stage, machine: Machine, index: int) -> Iterator[
         (f"{more.devices} devices ({more.name})", (), job, stage, more)
         for more in (machine.with_devices(machine.devices * times) for times in _doublings(1, MOST_TIMES))
     ]
-    larger = sorted(
-        (one for one in DEVICES.values() if one.memory > machine.device.memory),
-        key=lambda one: (bool(one.island) != bool(machine.device.island), one.memory),
-    )
-    yield [
-        (f"{other.devices} devices of more memory ({other.name})", (), job, stage, other)
-        for times in (1, *_doublings(1, MOST_TIMES))
-        for other in (Machine("", one, machine.devices).with_devices(machine.devices * times) for one in larger)
-    ]
+    yield _larger(job, stage, machine, alike=True)
     yield [_shorter(job, stage, length, index, machine) for length in _halvings(stage.seq_len)]
+    yield _larger(job, stage, machine, alike=False)
+
+
+def _larger(job: Job, stage: Stage, machine: Machine, alike: bool) -> list[_Try]:
+    """Devices with more memory, TPUs for TPUs and GPUs for GPUs if ``alike``, else the others; few devices first."""
+    kinds = sorted(
+        (
+            one
+            for one in DEVICES.values()
+            if one.memory > machine.device.memory and alike == (bool(one.island) == bool(machine.device.island))
+        ),
+        key=lambda one: one.memory,
+    )
+    machines = [
+        Machine("", kind, machine.devices).with_devices(machine.devices * times)
+        for times in (1, *_doublings(1, MOST_TIMES))
+        for kind in kinds
+    ]
+    return [(f"{one.devices} devices of more memory ({one.name})", (), job, stage, one) for one in machines]
 
 
 def _remat(job: Job, remat: str) -> tuple[str, tuple[str, ...], Job]:
@@ -106,9 +117,9 @@ def _shorter(job: Job, stage: Stage, length: int, index: int, machine: Machine) 
 
 def _first_that_fits(family: list[_Try], index: int) -> WayOut | None:
     for change, keys, job, stage, machine in family:
-        found = search(job, stage, machine, NEAR)
-        if found is not None and found.memory.total <= NEAR * machine.device.memory:
-            return _way(change, keys, job, stage, found, index)
+        fitting = tried(job, stage, machine, NEAR)
+        if fitting:
+            return _way(change, keys, job, stage, fitting[0], index)
     return None
 
 
