@@ -14,6 +14,7 @@ import pytest
 from lwm_core.builtins.byte_tokens import BytesTokenizer
 from lwm_core.protocols import EvalContext, SamplingSpec, Stage
 from lwm_core.rope import RopeSpec
+from lwm_core.vocab import Vocabulary
 
 TEXT = [f"Ge{i // 30 + 1}:{i % 30 + 1} And it came to pass in the land of verse {i}." for i in range(300)]
 
@@ -70,6 +71,7 @@ def make_context(tmp_path: Path) -> Callable[..., EvalContext]:
             "generator": MockGenerator(answer),
             "scorer": None,
             "tokenizer": BytesTokenizer(),
+            "vocabulary": Vocabulary(BytesTokenizer().size),
             "stage": "base",
             "stages": [make_stage("512", 512), make_stage("1024", 1024)],
             "out": tmp_path / "run" / "evals" / "needle",
