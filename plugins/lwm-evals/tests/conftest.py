@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from lwm_core.builtins.byte_tokens import BytesTokenizer
 from lwm_core.protocols import EvalContext, SamplingSpec, Stage
 from lwm_core.rope import RopeSpec
+from lwm_core.shards import Manifest, Settings, Shard, Video
 from lwm_core.vocab import Vocabulary
 
 TEXT = [f"Ge{i // 30 + 1}:{i % 30 + 1} And it came to pass in the land of verse {i}." for i in range(300)]
@@ -62,6 +67,56 @@ def perfect() -> Answer:
 @pytest.fixture
 def make_generator() -> Callable[[Answer], MockGenerator]:
     return MockGenerator
+
+
+class MockEncoder:
+    """A frame's n codes are the mean colours of its cells, 3 bits a channel; keeps what it was asked."""
+
+    codes, frame_size, codes_per_frame = 512, 32, 16
+    checksum = "c" * 64
+
+    def __init__(self) -> None:
+        self.encoded: list[int] = []
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.int32]:
+        self.encoded.append(len(frames))
+        cells = frames.reshape(len(frames), 4, 8, 4, 8, 3).mean(axis=(2, 4)) // 32
+        return np.asarray(cells @ [64, 8, 1], np.int32).reshape(len(frames), 16)
+
+    def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
+        cells = np.stack([codes // 64, codes // 8 % 8, codes % 8], axis=-1).reshape(len(codes), 4, 4, 3) * 32 + 16
+        return cells.repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8)
+
+
+@pytest.fixture
+def encoder() -> MockEncoder:
+    return MockEncoder()
+
+
+@pytest.fixture
+def write_shards(tmp_path: Path) -> Callable[..., Path]:
+    """``write_shards(folder, {name: [T, n] codes}, entries=512, checksum="c" * 64)``, as the layout's page says."""
+
+    def write(folder: str, clips: dict[str, Any], entries: int = 512, checksum: str = "c" * 64) -> Path:
+        out = tmp_path / folder
+        out.mkdir()
+        codes = np.concatenate([np.asarray(one, "<u2") for one in clips.values()])
+        data = save({"codes": codes, "times": np.zeros(len(codes))})
+        (out / "00000.safetensors").write_bytes(data)
+        videos, start = [], 0
+        for name, one in clips.items():
+            videos.append(Video(name, 1, start, len(one), None))
+            start += len(one)
+        lines = "".join(json.dumps(asdict(video)) + "\n" for video in videos).encode()
+        (out / "videos.jsonl").write_bytes(lines)
+        shard = Shard("00000.safetensors", len(codes), len(data), hashlib.sha256(data).hexdigest())
+        settings = Settings("a:b", checksum, {}, entries, 32, None, None, 1, len(codes))
+        manifest = Manifest(settings, True, codes.shape[1], len(codes), len(videos), len(lines),
+                            hashlib.sha256(lines).hexdigest(), None, (shard,))  # fmt: skip
+        (out / "manifest.json").write_text(manifest.text())
+        return out
+
+    return write
 
 
 @pytest.fixture
