@@ -30,7 +30,7 @@ class Glance:
 
     def run(self, context: EvalContext) -> Sequence[Mapping[str, Any]]:
         assert context.encoder is not None
-        [[code]] = context.encoder.encode(np.full((1, 8, 8, 3), 255, np.uint8))
+        [[code]] = context.encoder.encode(np.full((1, 16, 16, 3), 255, np.uint8))
         row = {"stage": context.stage, "code": int(context.vocabulary.vision_ids(code)), "who": id(context.encoder)}
         self._rows.append(row)
         Path(f"{context.out}.json").write_text(json.dumps({"rows": self._rows}))
@@ -48,4 +48,4 @@ class Coded(TextFileSource):
         self._checksum = options.checksum
 
     def code_settings(self) -> Mapping[str, Settings]:
-        return {"clips": Settings("lwm-standin:patches", self._checksum, {}, 256, 8, None, None, 1, 1)}
+        return {"clips": Settings("lwm-standin:patches", self._checksum, {}, 256, 16, None, None, 1, 1)}

@@ -91,10 +91,12 @@ class ReconstructionSuite:
             return _named(lambda: read_frames(path, side, self.options.frames))
         shapes, shown = pictures("shape", side)
         digits, figures = pictures("digit", side)
-        scenes = background(np.random.default_rng(context.seed), 64, side)
+        random = np.random.default_rng(context.seed)
+        scenes = background(random, 64, side)
         every = np.concatenate([shown, figures, scenes])
         names = [*shapes, *digits, *(f"scene {number}" for number in range(len(scenes)))]
-        chosen = uniform_frames(len(every), self.options.frames)
+        # At random, for pictures stand in the order of their colours: every n-th may be of one colour alone.
+        chosen = np.sort(random.permutation(len(every))[: self.options.frames])
         return every[chosen], [names[int(i)] for i in chosen]
 
 
