@@ -163,7 +163,7 @@ def test_videos_are_read_with_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         find_files(path)
 
 
-def test_wrong_use_is_one_line(make: Any, tmp_path: Path) -> None:
+def test_wrong_use_is_one_line(make: Any, encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "deep.png")
@@ -180,3 +180,5 @@ def test_wrong_use_is_one_line(make: Any, tmp_path: Path) -> None:
     for path, message in (("broken.png", "is no picture that can be read"), ("deep.png", "more than eight bits")):
         refused(ReconstructionSuite(ReconstructionOptions(path=path)).run, message)
     ReconstructionSuite().check(make())
+    monkeypatch.setattr(type(encoder), "frame_size", 8)
+    refused(ReconstructionSuite().check, "frames are 8 × 8; expected at least 11 a side")

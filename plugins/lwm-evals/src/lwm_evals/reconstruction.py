@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lwm_core.errors import LwmError
+from lwm_core.errors import LwmError, ShapeError
 from lwm_core.frames import uniform_frames
 from lwm_core.protocols import EvalContext, EvalSetup, VisionEncoder
 from lwm_evals.files import Row, write_atomically
@@ -26,7 +26,7 @@ from lwm_evals.grid import beside, read_results
 from lwm_evals.options import ReconstructionOptions
 from lwm_evals.pictures import background, pictures
 from lwm_evals.read_frames import find_files, read_frames
-from lwm_evals.similarity import psnr, ssim
+from lwm_evals.similarity import WINDOW, psnr, ssim
 
 T = TypeVar("T")
 
@@ -54,9 +54,17 @@ class ReconstructionSuite:
 
         Raises:
             DataError: there is no picture or video at the path.
+            ShapeError: the encoder's frames are too small for SSIM.
         """
+        side = cast(VisionEncoder, setup.encoder).frame_size
+        if side < WINDOW:
+            raise ShapeError(
+                f"reconstruction: the encoder's frames are {side} × {side}; expected at least {WINDOW} a side, for "
+                "SSIM; leave the suite out"
+            )
         if self.options.path is not None:
-            _named(lambda: find_files(_path_of(self.options.path, setup)))
+            path = _path_of(self.options.path, setup)
+            _named(lambda: find_files(path))
 
     def run(self, context: EvalContext) -> Sequence[Mapping[str, Any]]:
         """Measure, unless the same frames and encoder were measured before; the summary row has no stage.

@@ -14,7 +14,7 @@ import numpy as np
 
 from lwm_core.errors import DataError, ShapeError
 from lwm_core.frames import frame_tokens, vision_tokens
-from lwm_core.prompts import TEMPLATES, given_text
+from lwm_core.prompts import TEMPLATES, Order, given_text
 from lwm_core.protocols import EvalSetup
 from lwm_evals.grid import known_lengths
 from lwm_evals.haystacks import Codes, excerpt
@@ -113,7 +113,7 @@ class Prompts:
         return 2 + (length - two) // vision_tokens(1, self._codes_per_frame)
 
     def _around(self, frames: int) -> tuple[list[int], list[int]]:
-        order = "image-text" if frames == 1 else "video-text"
+        order: Order = "image-text" if frames == 1 else "video-text"
         before, after = given_text(order, TEMPLATES[order], question=QUESTIONS[self.options.asked])
         bos = [self._special["bos"]] if "bos" in self._special else []
         return [*bos, *self._encode(before)], list(self._encode(after))
