@@ -167,7 +167,8 @@ class StandinTrainer:
 
     def generator(self) -> _Writer:
         embed, head = (self._parameters[name] for name in self._names)
-        return _Writer(self.processes, embed, head, self._options.token_seconds)
+        slices = self._context.model.vocabulary.slices
+        return _Writer(self.processes, embed, head, self._options.token_seconds, slices)
 
     def scorer(self) -> _Writer:
         return self.generator()
@@ -179,8 +180,11 @@ class StandinTrainer:
 class _Writer:
     """Generation and scores from the two tables."""
 
-    def __init__(self, processes: Processes, embed: Any, head: Any, token_seconds: float) -> None:
+    def __init__(
+        self, processes: Processes, embed: Any, head: Any, token_seconds: float, slices: Mapping[str, slice]
+    ) -> None:
         self._processes = processes
+        self._slices = slices
         self._embed, self._head = embed, head
         self._seconds = token_seconds
 
@@ -190,15 +194,16 @@ class _Writer:
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         random = np.random.default_rng(sampling.seed)
         last = prompt[-1]
+        own = self._slices[sampling.modality]
         for _ in range(sampling.max_new_tokens):
             _in_step(self._processes, "token")
             time.sleep(self._seconds)
-            logits = self._head @ self._embed[last]
+            logits = self._head[own] @ self._embed[last]
             if sampling.temperature == 0:
-                last = int(np.argmax(logits))
+                last = own.start + int(np.argmax(logits))
             else:
                 p = _softmax(logits[None].astype(np.float64) / sampling.temperature)[0]
-                last = int(random.choice(len(p), p=p))
+                last = own.start + int(random.choice(len(p), p=p))
             if last in sampling.stop_ids:
                 return
             yield last
