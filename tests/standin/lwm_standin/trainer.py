@@ -13,6 +13,7 @@ import errno
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ class _Save:
         self._own = folder / f"state_{rank}.npz"
         awaited = range(world) if rank == 0 else (rank,)
         self._awaited = [folder / f"state_{one}.npz" for one in awaited]
-        self._thread = threading.Timer(seconds, self._own.with_suffix(".partial").rename, [self._own])
+        self._thread = threading.Timer(seconds, self._arrive)
         self._thread.daemon = True
         self._thread.start()
+
+    def _arrive(self) -> None:
+        with suppress(FileNotFoundError):  # another rank's part has failed, and the folder is gone
+            self._own.with_suffix(".partial").rename(self._own)
 
     def done(self) -> bool:
         return all(path.exists() for path in self._awaited)
