@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lwm_core.protocols import DataSource, EvalSuite
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,6 +26,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from lwm_core.run.evaluating import Evaluator
     from lwm_core.run.processes import locked, together
     from lwm_core.run.stopping import StoppedError, signals_heard
+    from lwm_core.run.suites import Suites
 
     names = [table.name for table in open_run(args.folder)[1].config.evals]
     if not names:
@@ -37,19 +34,16 @@ def run_eval(args: argparse.Namespace) -> int:
     opened = reopen(args.folder)
     processes = opened.trainer.processes
 
-    def parts() -> tuple[DataSource, dict[str, EvalSuite]]:
-        suites = opened.pipeline.make_suites()
-        if args.suite is not None:
-            if args.suite not in suites:
-                raise UsageError(f"{args.folder}: no suite {args.suite!r}; expected one of {', '.join(suites)}")
-            suites = {args.suite: suites[args.suite]}
-        return opened.pipeline.make_data(), suites
+    def parts() -> Suites:
+        made = Suites(opened.pipeline, opened.pipeline.make_data(), args.suite)
+        made.check(processes, training=False)
+        return made
 
-    data, suites = together(processes, parts)
+    suites = together(processes, parts)
     progress = make_progress(1, quiet=args.quiet)
     try:
         with locked(processes, opened.folder), signals_heard(progress.note) as stop:
-            evaluator = Evaluator(opened.pipeline, opened.trainer, data, suites, opened.folder, progress, stop)
+            evaluator = Evaluator(opened.trainer, suites, opened.folder, progress, stop)
             results = evaluator.run(opened.stage.name)
     except StoppedError as stopped:
         if processes.rank > 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from lwm_core.protocols import (
 from lwm_core.registry import Registry
 from lwm_core.registry.select import Select
 from lwm_core.rope import RopeSpec
+from lwm_core.shards import Settings
 from lwm_core.vocab import Vocabulary
 from lwm_core.weights import ModelFolder, read_model_folder
 
@@ -115,13 +117,39 @@ class Pipeline:
 
     def make_suites(self) -> dict[str, EvalSuite]:
         """The evaluation suites by the name of their files; a plugin that is named twice is numbered."""
-        suites: dict[str, EvalSuite] = {}
+        return {key: cast(EvalSuite, self._call(plugged)) for key, plugged in self.suites_plugged().items()}
+
+    def suites_plugged(self) -> dict[str, Plugged]:
+        """The plugins of the suites, by the same names as :meth:`make_suites` has."""
+        found: dict[str, Plugged] = {}
         for plugged in self.selection.evals:
             key, number = plugged.name, 2
-            while key in suites:
+            while key in found:
                 key, number = f"{plugged.name}-{number}", number + 1
-            suites[key] = cast(EvalSuite, self._call(plugged))
-        return suites
+            found[key] = plugged
+        return found
+
+    def check_codes(self, encoder: VisionEncoder, trained: Mapping[str, Settings]) -> None:
+        """Hold the codes that are trained on against the encoder that is named.
+
+        Args:
+            encoder: what :meth:`make_encoder` gave.
+            trained: data source → how its codes were made.
+
+        Raises:
+            ConfigError: some are of other weights, and would mean other pictures to it.
+        """
+        plugged = cast(Plugged, self.selection.encoder)
+        problems = Problems(self.loaded)
+        for name, made in trained.items():
+            if made.checksum != encoder.checksum:
+                problems.add(
+                    plugged.path,
+                    f"encoder {plugged.name!r} has the weights {encoder.checksum[:12]}, but the codes of data source "
+                    f"{name!r} were made by {made.encoder} with {made.checksum[:12]}; name that encoder and its "
+                    "options here, or encode the source again",
+                )
+        problems.raise_if_any()
 
     def base_stage(self) -> Stage:
         """The starting model's own length and RoPE on the first stage's mesh, to evaluate it before any training."""
@@ -173,12 +201,17 @@ class Pipeline:
 
     def _call(self, plugged: Plugged, *context: object) -> object:
         factory = cast(Any, self.registry.load(plugged.kind, plugged.label))
-        try:
+        with self.placed(plugged):
             return cast(object, factory(plugged.options, *context))
+
+    @contextmanager
+    def placed(self, plugged: Plugged) -> Iterator[None]:
+        """What a plugin finds wrong with its files or its device is told with the place that asked for it."""
+        try:
+            yield
         except ConfigError:
             raise
         except LwmError as error:
-            # What a plugin finds wrong with its files or its device is told with the place that asked for it.
             place = origin_of(self.loaded.origins, plugged.path)
             error.args = (f"{place}: {error}" if place is not None else str(error),)
             raise

@@ -57,6 +57,11 @@ class Plugged:
         """``dist:name``, which always resolves."""
         return self.choice.candidate.label
 
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether its spec says that a vision encoder must be there for it (an eval's may)."""
+        return self.choice.spec.capability("encoder") is True
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -145,6 +150,12 @@ def check_options(
     context = None if config.context is None else check.plug("context", config.context, ("context",))
     data = check.plug("data", config.data, ("data",))
     evals = [check.plug("eval", table, ("evals", index)) for index, table in enumerate(config.evals)]
+    for plugged in evals:
+        if plugged is not None and plugged.needs_encoder and config.encoder is None:
+            problems.add(
+                (*plugged.path, "name"),
+                f'eval {plugged.name!r} needs a vision encoder, and none is named; write encoder = {{ name = "auto" }}',
+            )
     problems.raise_if_any()
     return Selection(
         cast(Plugged, tokenizer), cast(Plugged, trainer), cast(Plugged, attention), encoder, context,

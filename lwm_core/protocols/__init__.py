@@ -15,9 +15,9 @@ from lwm_core.protocols.attention import (
     AttentionFactory,
     AttentionHarness,
 )
-from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest
+from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest, TrainsOnCodes
 from lwm_core.protocols.encoder import EncoderContext, VisionEncoder
-from lwm_core.protocols.evaluation import EvalContext, EvalSuite
+from lwm_core.protocols.evaluation import ChecksSetup, EvalContext, EvalSetup, EvalSuite
 from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer, Session
 from lwm_core.protocols.media import Media, MediaClip
 from lwm_core.protocols.processes import ALONE, Processes, SoleProcess
@@ -47,6 +47,7 @@ __all__ = [
     "FeedRequest",
     "Feed",
     "DataSource",
+    "TrainsOnCodes",
     "OptimizerSpec",
     "TrainerContext",
     "Processes",
@@ -63,6 +64,8 @@ __all__ = [
     "Generator",
     "Scorer",
     "Session",
+    "EvalSetup",
     "EvalContext",
     "EvalSuite",
+    "ChecksSetup",
 ]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lwm_core.batch import PackedBatch
 from lwm_core.protocols.tokenizer import Tokenizer
+from lwm_core.shards import Settings
 from lwm_core.vocab import Vocabulary
 
 
@@ -63,4 +64,13 @@ class DataSource(Protocol):
 
     def held_out(self) -> Sequence[str]:
         """Texts that no feed of this source ever trains on, for evaluation; empty when nothing is held out."""
+        ...
+
+
+@runtime_checkable
+class TrainsOnCodes(Protocol):
+    """A data source that knows how the codes that it feeds were made."""
+
+    def code_settings(self) -> Mapping[str, Settings]:
+        """Name of each of its sources of codes → how they were made, as their folder records it; may be empty."""
         ...

@@ -11,23 +11,19 @@ from typing import Any
 from lwm_core.config.envelope import SampleTable
 from lwm_core.pipeline import Pipeline
 from lwm_core.progress import Progress
-from lwm_core.protocols import DataSource, EvalContext, EvalSuite, SamplingSpec, Stage, Tokenizer, Trainer
+from lwm_core.protocols import EvalSuite, SamplingSpec, Stage, Tokenizer, Trainer
 from lwm_core.run.folder import RunFolder
 from lwm_core.run.leading import Model, lead
 from lwm_core.run.stopping import Stop
+from lwm_core.run.suites import Suites
 from lwm_core.weights import write_model_folder
 
 
 class Evaluator:
     """Runs a run's suites; a suite itself continues what was interrupted."""
 
-    def __init__(
-        self, pipeline: Pipeline, trainer: Trainer, data: DataSource, suites: Mapping[str, EvalSuite],
-        folder: RunFolder, progress: Progress, stop: Stop,
-    ) -> None:  # fmt: skip
-        self._pipeline = pipeline
+    def __init__(self, trainer: Trainer, suites: Suites, folder: RunFolder, progress: Progress, stop: Stop) -> None:
         self._trainer = trainer
-        self._data = data
         self._suites = suites
         self._folder = folder
         self._progress = progress
@@ -46,7 +42,7 @@ class Evaluator:
 
         def work(model: Model) -> dict[str, list[Mapping[str, Any]]]:
             self._folder.evals.mkdir(exist_ok=True)
-            return {name: self._suite(name, suite, stage, model) for name, suite in self._suites.items()}
+            return {name: self._suite(name, suite, stage, model) for name, suite in self._suites.by_name.items()}
 
         return lead(self._trainer, work, self._stop) or {}
 
@@ -55,20 +51,7 @@ class Evaluator:
             self._progress.evaluating(f"{name} after {stage}", done, total)
             self._stop.check()
 
-        context = EvalContext(
-            generator=model.generator(),
-            scorer=model.scorer(),
-            tokenizer=self._pipeline.tokenizer,
-            stage=stage,
-            stages=self._pipeline.stages,
-            out=self._folder.evals / name,
-            seed=self._pipeline.loaded.config.seed,
-            held_out=self._data.held_out,
-            base_dir=self._pipeline.base_dir,
-            start_seq_len=self._pipeline.start.seq_len,
-            progress=progress,
-        )
-        summary = list(suite.run(context))
+        summary = list(suite.run(self._suites.context(name, model, stage, self._folder.evals / name, progress)))
         for row in summary:
             facts = " · ".join(f"{key} {_shown(value)}" for key, value in row.items() if key != "stage")
             self._progress.note(f"{name} after {stage}: {facts}")

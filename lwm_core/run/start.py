@@ -17,7 +17,7 @@ from lwm_core.launched import launched_world
 from lwm_core.pipeline import Pipeline, build
 from lwm_core.pipeline.build import trainer_facts
 from lwm_core.progress import Progress, make_progress
-from lwm_core.protocols import EvalSuite, Feed, Processes, Trainer
+from lwm_core.protocols import Feed, Processes, Trainer
 from lwm_core.registry import Candidate, HookManager, Registry, load_hooks
 from lwm_core.run.evaluating import Evaluator, export_model, write_samples
 from lwm_core.run.facts import describe_run
@@ -26,6 +26,7 @@ from lwm_core.run.leading import Model, lead
 from lwm_core.run.loop import Loop, open_feeds
 from lwm_core.run.processes import first, heed, locked, make_trainer, together
 from lwm_core.run.stopping import StoppedError, signals_heard
+from lwm_core.run.suites import Suites
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class _Parts:
     facts: dict[str, Any]
     peak_flops: float | None
     feeds: list[Feed]
-    suites: dict[str, EvalSuite]
-    evaluator_data: Any
+    suites: Suites
     hooks: HookManager
 
     @property
@@ -181,11 +181,12 @@ def _make(loaded: LoadedConfig, registry: Registry, base_dir: Path, progress: Pr
         facts, devices, peak = trainer_facts(trainer)
         pipeline.check_stages(devices, facts.get("device_hint"))
         data = pipeline.make_data()
-        suites = pipeline.make_suites()
+        suites = Suites(pipeline, data)
+        suites.check(trainer.processes, training=True)
         feeds = open_feeds(data, trainer, pipeline.stages)
         if trainer.processes.rank == 0:
             hooks.configure(loaded.config)
-        return _Parts(pipeline, trainer, dict(facts), peak, feeds, suites, data, hooks)
+        return _Parts(pipeline, trainer, dict(facts), peak, feeds, suites, hooks)
 
     return together(trainer.processes, rest)
 
@@ -200,7 +201,7 @@ def _execute(
     began = time.time()
     try:
         with signals_heard(progress.note) as stop:
-            evaluator = Evaluator(pipeline, parts.trainer, parts.evaluator_data, parts.suites, folder, progress, stop)
+            evaluator = Evaluator(parts.trainer, parts.suites, folder, progress, stop)
             loop = Loop(
                 pipeline, parts.trainer, parts.feeds, folder, run, hooks, evaluator, progress, stop, parts.peak_flops
             )

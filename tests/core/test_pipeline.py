@@ -122,7 +122,7 @@ def test_an_encoder_is_made_in_the_trainers_framework(made: Callable[..., Pipeli
     encoder: Any = pipeline.make_encoder()
     assert isinstance(encoder, VisionEncoder) and encoder.codes == 16
     assert encoder.context == EncoderContext("jax", Path("."))
-    assert encoder.encode(np.full((2, 8, 8, 3), 255, np.uint8)).tolist() == [[15], [15]]
+    assert encoder.encode(np.full((2, 16, 16, 3), 255, np.uint8)).tolist() == [[15], [15]]
     assert "patches" in [one.name for one in pipeline.selection.plugged]
     assert made().make_encoder() is None
 

@@ -60,3 +60,15 @@ def test_what_does_not_fit_is_one_line_with_its_place(lwm: Any, recipe: Path) ->
     ):
         done = lwm("run", "seen.toml", "--out", "r", *STANDIN, *words, **PLUGINS)
         assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_codes_of_another_encoder_than_the_runs_are_one_line(lwm: Any, recipe: Path) -> None:
+    """The stand-in encoder has the checksum that the recipe's codes were written with; once they have another, no."""
+    manifest = lwm.cwd / "codes" / "manifest.json"
+    encoder = ("-s", "encoder.name=patches")
+    done = lwm("run", "seen.toml", "--out", "r", *STANDIN, *encoder, **PLUGINS)
+    assert done.returncode == 0, done.stderr
+    manifest.write_text(manifest.read_text().replace("0" * 64, "5" * 64))
+    done = lwm("run", "seen.toml", "--out", "s", *STANDIN, *encoder, **PLUGINS)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (lwm.cwd / "s").exists()
+    assert "the codes of data source 'pictures' were made by a:b with 555555555555; name that encoder" in done.stderr

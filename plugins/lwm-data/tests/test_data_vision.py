@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from lwm_core.batch import PackedBatch, pack_rows
 from lwm_core.errors import ConfigError, DataError, LwmError, ShapeError
-from lwm_core.protocols import FeedRequest
+from lwm_core.protocols import FeedRequest, TrainsOnCodes
 from lwm_core.testing import DataSuite
 from lwm_core.testing.data_suite import check_packed
 from lwm_data.options import VisionOptions
@@ -297,6 +297,17 @@ def test_codes_of_different_encoders_are_not_mixed(write_codes: Any, open_source
         with pytest.raises(ConfigError, match=words):
             open_source(sources, vision=VISION)
     open_source({"a": folders["a"], "l": {**lines, "codes_per_frame": 2}}, vision=VISION)
+
+
+def test_the_mix_tells_how_its_codes_were_made(write_codes: Any, open_source: Any, tmp_path: Path) -> None:
+    write_codes("codes", {"it": CLIP})
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    clips = {"kind": "vision", "order": "vision", "path": "codes"}
+    source = open_source({"a": clips, "l": {"kind": "jsonl", "path": "x.jsonl", "codes_per_frame": 2}}, vision=VISION)
+    assert isinstance(source, TrainsOnCodes)
+    assert {name: (one.encoder, one.checksum) for name, one in source.code_settings().items()} == {
+        "a": ("a:b", "0" * 64)
+    }
 
 
 def test_clips_without_frames_or_caption_and_captions_without_a_clip(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from lwm_core.builtins.byte_tokens import BytesTokenizer
 from lwm_core.protocols import EvalContext, SamplingSpec, Stage
 from lwm_core.rope import RopeSpec
+from lwm_core.shards import Manifest, Settings, Shard, Video
+from lwm_core.vocab import Vocabulary
+from lwm_evals.pictures import pictures
+from lwm_evals.reconstruction import side_by_side
 
 TEXT = [f"Ge{i // 30 + 1}:{i % 30 + 1} And it came to pass in the land of verse {i}." for i in range(300)]
 
@@ -63,6 +71,56 @@ def make_generator() -> Callable[[Answer], MockGenerator]:
     return MockGenerator
 
 
+class MockEncoder:
+    """A frame's n codes are the mean colours of its cells, 3 bits a channel; keeps what it was asked."""
+
+    codes, frame_size, codes_per_frame = 512, 32, 16
+    checksum = "c" * 64
+
+    def __init__(self) -> None:
+        self.encoded: list[int] = []
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.int32]:
+        self.encoded.append(len(frames))
+        cells = frames.reshape(len(frames), 4, 8, 4, 8, 3).mean(axis=(2, 4)) // 32
+        return np.asarray(cells @ [64, 8, 1], np.int32).reshape(len(frames), 16)
+
+    def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
+        cells = np.stack([codes // 64, codes // 8 % 8, codes % 8], axis=-1).reshape(len(codes), 4, 4, 3) * 32 + 16
+        return cells.repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8)
+
+
+@pytest.fixture
+def encoder() -> MockEncoder:
+    return MockEncoder()
+
+
+@pytest.fixture
+def write_shards(tmp_path: Path) -> Callable[..., Path]:
+    """``write_shards(folder, {name: [T, n] codes}, entries=512, checksum="c" * 64)``, as the layout's page says."""
+
+    def write(folder: str, clips: dict[str, Any], entries: int = 512, checksum: str = "c" * 64) -> Path:
+        out = tmp_path / folder
+        out.mkdir()
+        codes = np.concatenate([np.asarray(one, "<u2") for one in clips.values()])
+        data = save({"codes": codes, "times": np.zeros(len(codes))})
+        (out / "00000.safetensors").write_bytes(data)
+        videos, start = [], 0
+        for name, one in clips.items():
+            videos.append(Video(name, 1, start, len(one), None))
+            start += len(one)
+        lines = "".join(json.dumps(asdict(video)) + "\n" for video in videos).encode()
+        (out / "videos.jsonl").write_bytes(lines)
+        shard = Shard("00000.safetensors", len(codes), len(data), hashlib.sha256(data).hexdigest())
+        settings = Settings("a:b", checksum, {}, entries, 32, None, None, 1, len(codes))
+        manifest = Manifest(settings, True, codes.shape[1], len(codes), len(videos), len(lines),
+                            hashlib.sha256(lines).hexdigest(), None, (shard,))  # fmt: skip
+        (out / "manifest.json").write_text(manifest.text())
+        return out
+
+    return write
+
+
 @pytest.fixture
 def make_context(tmp_path: Path) -> Callable[..., EvalContext]:
     def make(answer: Answer = read_the_prompt, **changes: Any) -> EvalContext:
@@ -70,6 +128,7 @@ def make_context(tmp_path: Path) -> Callable[..., EvalContext]:
             "generator": MockGenerator(answer),
             "scorer": None,
             "tokenizer": BytesTokenizer(),
+            "vocabulary": Vocabulary(BytesTokenizer().size),
             "stage": "base",
             "stages": [make_stage("512", 512), make_stage("1024", 1024)],
             "out": tmp_path / "run" / "evals" / "needle",
@@ -89,8 +148,11 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 STEPS = (80, 60, 50, 40)
 
 
-def write_run(folder: Path, *, hostile: str = "") -> Path:
-    """A finished run of four stages from 256 to 4096 tokens; ``hostile`` is put wherever text can come in."""
+def write_run(folder: Path, *, hostile: str = "", vision: bool = False) -> Path:
+    """A finished run of four stages from 256 to 4096 tokens; ``hostile`` is put wherever text can come in.
+
+    With ``vision`` it has what the suites of video and pictures write, too: clips of 17 tokens a frame.
+    """
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{length}{hostile}" for length in LENGTHS[1:]]
@@ -98,6 +160,8 @@ def write_run(folder: Path, *, hostile: str = "") -> Path:
     (folder / "run.json").write_text(json.dumps(_run_json(stages, hostile)))
     _write_metrics(folder / "metrics.jsonl", names, random)
     _write_needles(folder / "evals", ["base", *names], random, hostile)
+    if vision:
+        _write_vision(folder / "evals", ["base", *names], random, hostile)
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
     long_prompt = "Ge1:1 In the beginning God created the heaven and the earth. " * 20
@@ -188,6 +252,49 @@ def _write_needles(folder: Path, stages: list[str], random: np.random.Generator,
         for (stage, length), found in cells.items()
     ]
     (folder / "needle.json").write_text(json.dumps({"rows": rows, "summary": summary}))
+
+
+FRAMES = (8, 23, 53, 113, 233)
+"""What fits 256 to 4096 tokens at 17 a frame and 119 beside them."""
+
+
+def _write_vision(folder: Path, stages: list[str], random: np.random.Generator, hostile: str) -> None:
+    words = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "white"]
+    rows: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
+    for k, stage in enumerate(stages):
+        for reach, frames in enumerate(FRAMES):
+            for i in range(40 if frames == FRAMES[-1] and k in (0, len(stages) - 1) else 16):
+                answer = words[i % 8]
+                likely = 0.95 if reach <= k else 0.125
+                good, sure = bool(random.random() < likely - 0.12), bool(random.random() < likely)
+                rows.append({
+                    "stage": stage, "frames": frames, "length": 119 + 17 * frames, "depth": round((i % 5) / 4, 4),
+                    "place": round((i % 5) / 4 * (frames - 1)), "retrieved": int(good), "correct": good,
+                    "answer": answer, "response": f" {answer}" if good else f" none{hostile}",
+                    "choice": answer if sure else words[(i + 3) % 8],
+                })  # fmt: skip
+        for before in (1, 2, 4, 8, 16, 32, 64, 128):
+            nats = 6.1 - 0.25 * k - 0.12 * min(np.log2(before), k + 1.5) + random.normal(0, 0.01)
+            losses.append({"stage": stage, "frames": before, "length": 14 + 17 * before, "nats": float(nats),
+                           "uniform": float(np.log(512)), "samples": 16})  # fmt: skip
+    summary = []
+    for stage in stages:
+        for frames in FRAMES:
+            mine = [row for row in rows if (row["stage"], row["frames"]) == (stage, frames)]
+            summary.append({
+                "stage": stage, "frames": frames, "length": mine[0]["length"],
+                "accuracy": sum(row["retrieved"] for row in mine) / len(mine),
+                "choice_accuracy": sum(row["choice"] == row["answer"] for row in mine) / len(mine),
+                "chance": 1 / 8, "samples": len(mine),
+            })  # fmt: skip
+    (folder / "video-needle.json").write_text(json.dumps({"rows": rows, "summary": summary}))
+    (folder / "video-loss.json").write_text(json.dumps({"rows": [], "summary": losses}))
+    told = {"frames": 32, "psnr": 24.183, "worst_psnr": 17.02, "ssim": 0.8125, "exact": 0, "codes_used": 431,
+            "usage": 431 / 512, "perplexity": 204.4}  # fmt: skip
+    (folder / "reconstruction.json").write_text(json.dumps({"rows": [], "summary": [told]}))
+    _, frames = pictures("shape", 64)
+    (folder / "reconstruction.png").write_bytes(side_by_side(frames, frames // 8 * 8 + 4))
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from lwm_core.builtins.byte_tokens import BytesTokenizer
 from lwm_core.errors import DataError, ShapeError
 from lwm_core.protocols import EvalContext
 from lwm_evals import NeedleOptions, NeedleSuite
-from lwm_evals.needle import FIELDS, batch_size, count_retrieved
+from lwm_evals.grid import batch_size
+from lwm_evals.needle import FIELDS, count_retrieved
 from lwm_evals.questions import Questions
 
 SMALL = NeedleOptions(samples=4, samples_longest=6, depths=3, batch_tokens=3000)

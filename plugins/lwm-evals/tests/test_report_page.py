@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from lwm_core.errors import UsageError
 from lwm_evals import write_report
 from lwm_evals.figures import thin, tokens
 from lwm_evals.hooks import ReportHooks
+from lwm_evals.report.collect import read_run
+from lwm_evals.report.needles import needle
 from lwm_evals.report.text import count, duration, flatten, percent, shorten
 
 MakeRun = Callable[..., Path]
@@ -93,11 +96,12 @@ def test_it_says_base_and_final_accuracy(make_run: MakeRun) -> None:
 
 def assert_self_contained(page: Page) -> None:
     for tag, attrs in page.tags:
-        assert tag not in {"script", "link", "iframe", "object", "embed", "img", "base", "form"}, tag
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}, tag
         assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
         for name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
             value = attrs.get(name)
-            assert value is None or value.startswith("#"), (tag, name, value)
+            inside = tag == "img" and name == "src" and str(value).startswith("data:image/png;base64,")
+            assert value is None or value.startswith("#") or inside, (tag, name, value)
         assert "url(" not in (attrs.get("style") or "").replace("url(#", ""), attrs
 
 
@@ -110,7 +114,7 @@ def test_it_is_complete_in_itself(make_run: MakeRun) -> None:
 
 
 def test_hostile_text_stays_text(make_run: MakeRun) -> None:
-    plain, page = read(make_run("plain")), read(make_run("hostile", hostile=HOSTILE))
+    plain, page = (read(make_run(name, hostile=text, vision=True)) for name, text in (("a", ""), ("b", HOSTILE)))
     assert_self_contained(page)
     assert page.wrong == [] and page.open == []
     counts = [[tag for tag, _ in p.tags].count("style") for p in (plain, page)]
@@ -188,6 +192,63 @@ def test_other_suites_are_tables(make_run: MakeRun) -> None:
     text = " ".join(page.text.split())
     assert "ruler" in page.headings and "stagetaskscoreextra" in text and "basevt0.25–4096vt–true" in text
     assert "Needle retrieval (needle-multi)" in text and len(page.ids()) == len(set(page.ids()))
+
+
+def test_it_shows_the_suites_of_video_and_pictures(make_run: MakeRun) -> None:
+    folder = make_run(vision=True)
+    page = read(folder)
+    assert_self_contained(page)
+    assert page.wrong == [] and page.open == [] and len(page.ids()) == len(set(page.ids()))
+    assert page.headings[:4] == ["Needle retrieval", "Video needle", "Loss of the next frame", "Reconstruction"]
+    summary = json.loads((folder / "evals" / "video-needle.json").read_text())["summary"]
+    cell = next(row for row in summary if (row["stage"], row["frames"]) == ("2048", 113))
+    losses = json.loads((folder / "evals" / "video-loss.json").read_text())["summary"]
+    text = " ".join(page.text.split())
+    for expected in (
+        "Needle accuracy at 4,096 tokens", "is right in 12.5% of all cases", "Answered right", "Right by likelihood",
+        f"{percent(cell['accuracy'])}likeliest {percent(cell['choice_accuracy'])}n=16", "clip, frames", "chance",
+        "frames before", "6.24 nats", f"{losses[-1]['nats']:.3f}", "24.18 dB", "17.02 dB", "0.812", "431 (84.2%)",
+    ):  # fmt: skip
+        assert expected in text, expected
+    # maps, accuracy; maps twice, accuracy twice; the curve; loss twice and two small ones
+    assert sum(tag == "svg" for tag, _ in page.tags) == (5 + 1) + (2 * 5 + 2) + 1 + (2 + 2)
+    [picture] = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    png = base64.b64decode(str(picture).partition(",")[2])
+    assert png == (folder / "evals" / "reconstruction.png").read_bytes()
+    assert (folder / "report.html").stat().st_size < 1_000_000
+
+
+def test_a_video_needles_dashed_line_stands_where_training_ended(make_run: MakeRun) -> None:
+    """8 frames of 17 tokens and what stands beside them take 255: the base was trained to 256, and 23 are beyond."""
+    folder = make_run(vision=True)
+    data = read_run(folder)
+    drawn = needle(data, "video-needle", data.needles["video-needle"])
+    assert drawn["lengths"] == [8, 23, 53, 113, 233] and drawn["marked"] and drawn["chance"] == 1 / 8
+    marks = [str(figure).count("stroke-dasharray") for figure in drawn["groups"][0]["maps"]]
+    assert marks == [1, 1, 1, 1, 0], "the last stage was trained on all"
+    assert [group["label"] for group in drawn["groups"]] == ["Answered right", "Right by likelihood"]
+
+
+def test_a_run_of_video_alone_is_headed_by_its_frames_and_may_lack_likelihoods(make_run: MakeRun) -> None:
+    folder = make_run(vision=True)
+    (folder / "evals" / "needle.json").unlink()
+    path = folder / "evals" / "video-needle.json"
+    table = json.loads(path.read_text())
+    for row in table["rows"]:
+        row["choice"] = None
+    for row in table["summary"]:
+        del row["choice_accuracy"]
+    path.write_text(json.dumps(table))
+    (folder / "evals" / "reconstruction.png").write_bytes(b"<svg onload=alert(1)>")
+    (folder / "evals" / "video-loss.json").write_text(
+        json.dumps({"summary": [{"stage": "base", "frames": 1, "nats": "much"}]})
+    )
+    page = read(folder)
+    text = " ".join(page.text.split())
+    assert "Video needle accuracy at 233 frames" in text and "likelihood" not in text and "likeliest" not in text
+    assert "reconstruction.png is no PNG" in text and not [tag for tag, _ in page.tags if tag == "img"]
+    assert "video-loss.json: 1 of 1 summary are not complete" in text and "Loss of the next frame" not in text
+    assert "Reconstruction" in page.headings and page.wrong == [] and page.open == []
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

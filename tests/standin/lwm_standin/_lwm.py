@@ -58,6 +58,21 @@ evals = PluginSpec(
     options="lwm_standin.options:TallyOptions",
 )
 
+glance = PluginSpec(
+    name="glance",
+    summary="What a white frame becomes, by the run's encoder",
+    factory="lwm_standin.glance:Glance",
+    options="lwm_standin.options:GlanceOptions",
+    capabilities={"encoder": True},
+)
+
+coded = PluginSpec(
+    name="coded",
+    summary="The core's texts, and it says that codes are trained on too",
+    factory="lwm_standin.glance:Coded",
+    options="lwm_standin.options:CodedOptions",
+)
+
 hooks = PluginSpec(
     name="scribe",
     summary="Writes down which hooks it heard",

@@ -43,6 +43,18 @@ class TallyOptions(_Options):
     sample_seconds: float = Field(0.0, ge=0)
 
 
+class GlanceOptions(_Options):
+    """Whether it is content with its setup."""
+
+    refuse: str = Field("", description="what it finds wrong before the first step")
+
+
+class CodedOptions(_Options):
+    """Who made the codes that it says it has."""
+
+    checksum: str = Field("0" * 64, description="of the weights; the stand-in encoder's own by default")
+
+
 class DoublingOptions(_Options):
     """How often the length doubles."""
 

@@ -13,6 +13,7 @@ import errno
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ class _Save:
         self._own = folder / f"state_{rank}.npz"
         awaited = range(world) if rank == 0 else (rank,)
         self._awaited = [folder / f"state_{one}.npz" for one in awaited]
-        self._thread = threading.Timer(seconds, self._own.with_suffix(".partial").rename, [self._own])
+        self._thread = threading.Timer(seconds, self._arrive)
         self._thread.daemon = True
         self._thread.start()
+
+    def _arrive(self) -> None:
+        with suppress(FileNotFoundError):  # another rank's part has failed, and the folder is gone
+            self._own.with_suffix(".partial").rename(self._own)
 
     def done(self) -> bool:
         return all(path.exists() for path in self._awaited)
@@ -167,7 +172,8 @@ class StandinTrainer:
 
     def generator(self) -> _Writer:
         embed, head = (self._parameters[name] for name in self._names)
-        return _Writer(self.processes, embed, head, self._options.token_seconds)
+        slices = self._context.model.vocabulary.slices
+        return _Writer(self.processes, embed, head, self._options.token_seconds, slices)
 
     def scorer(self) -> _Writer:
         return self.generator()
@@ -179,8 +185,11 @@ class StandinTrainer:
 class _Writer:
     """Generation and scores from the two tables."""
 
-    def __init__(self, processes: Processes, embed: Any, head: Any, token_seconds: float) -> None:
+    def __init__(
+        self, processes: Processes, embed: Any, head: Any, token_seconds: float, slices: Mapping[str, slice]
+    ) -> None:
         self._processes = processes
+        self._slices = slices
         self._embed, self._head = embed, head
         self._seconds = token_seconds
 
@@ -190,15 +199,16 @@ class _Writer:
     def stream(self, prompt: Sequence[int], sampling: SamplingSpec) -> Iterator[int]:
         random = np.random.default_rng(sampling.seed)
         last = prompt[-1]
+        own = self._slices[sampling.modality]
         for _ in range(sampling.max_new_tokens):
             _in_step(self._processes, "token")
             time.sleep(self._seconds)
-            logits = self._head @ self._embed[last]
+            logits = self._head[own] @ self._embed[last]
             if sampling.temperature == 0:
-                last = int(np.argmax(logits))
+                last = own.start + int(np.argmax(logits))
             else:
                 p = _softmax(logits[None].astype(np.float64) / sampling.temperature)[0]
-                last = int(random.choice(len(p), p=p))
+                last = own.start + int(random.choice(len(p), p=p))
             if last in sampling.stop_ids:
                 return
             yield last

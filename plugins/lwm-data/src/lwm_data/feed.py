@@ -18,6 +18,7 @@ from lwm_core.batch import PackedBatch
 from lwm_core.errors import ConfigError, DataError, LwmError, ShapeError
 from lwm_core.needles import sentence_ends
 from lwm_core.protocols import DataContext, FeedRequest
+from lwm_core.shards import Settings
 from lwm_data.clips import check_one_encoder, clip_examples, open_codes
 from lwm_data.corpus import Corpus, Texts, encode_corpus, files_of, read_texts
 from lwm_data.lines import LineCorpus, LineReader, line_files
@@ -127,6 +128,10 @@ class MixSource:
         """The held-out documents of all text sources; a file that several sources read counts once."""
         texts = {tuple(self._files[name]): self._read(name) for name in self._text_options}
         return [document for text in texts.values() for document in text.held_out]
+
+    def code_settings(self) -> Mapping[str, Settings]:
+        """See :class:`lwm_core.protocols.TrainsOnCodes`; a line of a jsonl source does not tell who made its codes."""
+        return {name: one.manifest.settings for name, one in self._shards.items()}
 
     @property
     def _text_options(self) -> dict[str, TextOptions]:

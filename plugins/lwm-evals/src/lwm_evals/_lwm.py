@@ -11,6 +11,30 @@ needle = PluginSpec(
     options="lwm_evals.options:NeedleOptions",
 )
 
+video_needle = PluginSpec(
+    name="video-needle",
+    summary="A picture hidden in a long video at known depths, asked about at its end; nothing to download",
+    factory="lwm_evals.video_needle:VideoNeedleSuite",
+    options="lwm_evals.options:VideoNeedleOptions",
+    capabilities={"encoder": True},
+)
+
+video_loss = PluginSpec(
+    name="video-loss",
+    summary="Loss of a video's next frame by how many frames stand before it",
+    factory="lwm_evals.video_loss:VideoLossSuite",
+    options="lwm_evals.options:VideoLossOptions",
+)
+
+reconstruction = PluginSpec(
+    name="reconstruction",
+    summary="What the run's encoder keeps of pictures: PSNR, SSIM, use of the codebook, before and after",
+    factory="lwm_evals.reconstruction:ReconstructionSuite",
+    options="lwm_evals.options:ReconstructionOptions",
+    needs=("PIL",),
+    capabilities={"encoder": True},
+)
+
 report = PluginSpec(
     name="report",
     summary="One self-contained report.html of a run: losses, needle heat maps, samples, throughput, configuration",

@@ -7,7 +7,7 @@ no second figure), text takes the page's font, and ids get a prefix, for many fi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -62,22 +62,37 @@ def inline(figure: Figure, key: str) -> str:
     return text.strip()
 
 
-def heat_map(rows: Rows, stage: str, *, title: str, trained: int | None = None, named: bool = True) -> Figure:
+AXES: Mapping[str, str] = {"length": "context, tokens", "frames": "clip, frames"}
+"""What rows may be told apart by, across, and how the axis is called."""
+
+
+def heat_map(
+    rows: Rows,
+    stage: str,
+    *,
+    title: str,
+    trained: int | None = None,
+    named: bool = True,
+    across: str = "length",
+    value: Callable[[Mapping[str, Any]], float] | None = None,
+) -> Figure:
     """Accuracy of one stage in every (depth, length) cell: lengths across, depths from the text's start down.
 
     Args:
-        rows: rows of ``needle.json``, of any stages; all their lengths and depths are shown, so that maps compare.
+        rows: rows of a needle suite, of any stages; all their lengths and depths are shown, so that maps compare.
         stage: whose cells are filled.
         title: over the map.
         trained: longest length the model was trained at by then; a dashed line marks what lies beyond.
         named: write the axes' names; maps side by side say them once for all.
+        across: what lengths are, one of :data:`AXES`.
+        value: what is shown of a row, in [0, 1]; :func:`share` by default.
     """
-    lengths = sorted({row["length"] for row in rows})
+    lengths = sorted({row[across] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     cells: dict[tuple[int, float], list[float]] = {}
     for row in rows:
         if row["stage"] == stage:
-            cells.setdefault((row["length"], row["depth"]), []).append(share(row))
+            cells.setdefault((row[across], row["depth"]), []).append((value or share)(row))
     with rc_context(_STYLE):
         figure = Figure(figsize=(2.9, 2.75) if named else (2.25, 2.2), layout="constrained")
         axes = figure.add_subplot()
@@ -91,7 +106,7 @@ def heat_map(rows: Rows, stage: str, *, title: str, trained: int | None = None, 
             axes.axvline(sum(length <= trained for length in lengths), color=INK, linewidth=1.2, dashes=(3, 2))
         axes.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
         if named:
-            axes.set(xlabel="context, tokens", ylabel="depth of the needle")
+            axes.set(xlabel=AXES[across], ylabel="depth of the needle")
         axes.set_xticks(np.arange(len(lengths)) + 0.5, [tokens(length) for length in lengths])
         shown = sorted({0, (len(depths) - 1) // 2, len(depths) - 1})
         axes.set_yticks([y + 0.5 for y in shown], [f"{depths[y]:.0%}" for y in shown])
@@ -101,29 +116,58 @@ def heat_map(rows: Rows, stage: str, *, title: str, trained: int | None = None, 
         return figure
 
 
-def accuracy_by_length(summary: Rows) -> Figure:
+def accuracy_by_length(
+    summary: Rows,
+    *,
+    across: str = "length",
+    value: str = "accuracy",
+    label: str = "needle accuracy",
+    chance: float | None = None,
+) -> Figure:
+    """``value`` by length, a line a stage (see :func:`_by_stage`); a dotted line where guessing stands."""
+    with rc_context(_STYLE):
+        figure, axes = _by_stage(summary, across, value)
+        axes.set(ylim=(0, 1.02), xlabel=AXES[across], ylabel=label)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        if chance is not None:
+            axes.axhline(chance, color=MUTED, linewidth=1.0, linestyle=":", zorder=1)
+            axes.annotate("chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(3, 3),
+                          textcoords="offset points", color=MUTED, fontsize=8.0)  # fmt: skip
+        return figure
+
+
+def loss_by_frames(summary: Rows) -> Figure:
+    """Nats a code of a clip's next frame by the frames before it, a line a stage (see :func:`_by_stage`)."""
+    with rc_context(_STYLE):
+        figure, axes = _by_stage(summary, "frames", "nats")
+        values = [row["nats"] for row in summary]
+        low, high = min(values), max(values)
+        margin = 0.1 * (high - low) or 0.1
+        axes.set(ylim=(low - margin, high + margin), xlabel="frames before", ylabel="loss, nats a code")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        return figure
+
+
+def _by_stage(summary: Rows, across: str, value: str) -> tuple[Figure, Axes]:
     """A line a stage: the base grey and dashed, later stages in ever stronger colour."""
     stages = list(dict.fromkeys(row["stage"] for row in summary))
-    lengths = sorted({row["length"] for row in summary})
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 2.75), layout="constrained")
-        axes = figure.add_subplot()
-        for k, stage in enumerate(stages):
-            points = sorted((row["length"], row["accuracy"]) for row in summary if row["stage"] == stage)
-            first = k == 0 and len(stages) > 1
-            axes.plot(
-                *zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, label=brief(stage),
-                clip_on=False, color=PLAIN if first else ACCENT, linestyle="--" if first else "-",
-                alpha=1.0 if first else 0.3 + 0.7 * (k / max(1, len(stages) - 1)), zorder=3,
-            )  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [tokens(length) for length in lengths], minor=False)
-        axes.minorticks_off()
-        axes.set(ylim=(0, 1.02), xlabel="context, tokens", ylabel="needle accuracy")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        _grid(axes)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=MUTED, fontsize=8.5, handlelength=1.6)
-        return figure
+    lengths = sorted({row[across] for row in summary})
+    figure = Figure(figsize=(4.4, 2.75), layout="constrained")
+    axes = figure.add_subplot()
+    for k, stage in enumerate(stages):
+        points = sorted((row[across], row[value]) for row in summary if row["stage"] == stage)
+        first = k == 0 and len(stages) > 1
+        axes.plot(
+            *zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, label=brief(stage),
+            clip_on=False, color=PLAIN if first else ACCENT, linestyle="--" if first else "-",
+            alpha=1.0 if first else 0.3 + 0.7 * (k / max(1, len(stages) - 1)), zorder=3,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [tokens(length) for length in lengths], minor=False)
+    axes.minorticks_off()
+    _grid(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=MUTED, fontsize=8.5, handlelength=1.6)
+    return figure, axes
 
 
 def curve(
@@ -221,8 +265,13 @@ def accuracy_colour(accuracy: float) -> str:
 
 
 def share(row: Mapping[str, Any]) -> float:
-    """Share of the numbers asked for that a row of ``needle.json`` retrieved."""
+    """Share of what was asked for that a row of ``needle.json`` (or ``video-needle.json``) retrieved."""
     return float(row["retrieved"]) / (str(row["answer"]).count(", ") + 1)
+
+
+def chose_right(row: Mapping[str, Any]) -> float:
+    """Whether a row of ``video-needle.json`` held the right word for the likeliest."""
+    return float(row["choice"] == row["answer"])
 
 
 def brief(name: str, most: int = 16) -> str:

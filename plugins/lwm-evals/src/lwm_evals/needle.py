@@ -6,14 +6,14 @@ answer is greedy, and a number counts as retrieved if it is a substring of it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lwm_core.errors import DataError
 from lwm_core.protocols import EvalContext, SamplingSpec
-from lwm_evals.files import Journal, Row, write_atomically
+from lwm_evals.files import Journal, Row
+from lwm_evals.grid import ask_all, beside, in_order, known_lengths, plan_samples, read_results, write_results
 from lwm_evals.options import NeedleOptions
 from lwm_evals.questions import Question, Questions
 
@@ -40,25 +40,15 @@ class NeedleSuite:
             ShapeError: a length is too short for needles, question and answer.
         """
         questions = Questions(self.options, context)
-        journal = Journal(_journal_path(context.out), questions.fingerprint())
-        plan = self.plan(context)
-        remaining = {
-            length: [i for i in range(count) if (context.stage, length, i) not in journal.rows]
-            for length, count in plan.items()
-        }
-        total = sum(plan.values())
-        done = total - sum(map(len, remaining.values()))
-        context.progress(done, total)
-        for length, samples in remaining.items():
-            size = batch_size(len(samples), self.options.batch_tokens // length)
-            for start in range(0, len(samples), size):
-                batch = [questions.question(length, i) for i in samples[start : start + size]]
-                journal.append(self._ask(batch, size, context))
-                done += len(batch)
-                context.progress(done, total)
-        rows = _in_order(journal.rows.values())
+        journal = Journal(beside(context.out, ".jsonl"), questions.fingerprint())
+
+        def ask(length: int, samples: Sequence[int], size: int) -> list[Row]:
+            return self._ask([questions.question(length, i) for i in samples], size, context)
+
+        ask_all(context, journal, self.plan(context), self.options.batch_tokens, ask)
+        rows = in_order(journal.rows.values())
         summary = summarize(rows)
-        _write(context.out, rows, summary)
+        write_results(context.out, FIELDS, rows, summary)
         return [row for row in summary if row["stage"] == context.stage]
 
     def plan(self, context: EvalContext) -> dict[int, int]:
@@ -67,16 +57,10 @@ class NeedleSuite:
         Raises:
             DataError: no length is known.
         """
-        options = self.options
-        known = {stage.seq_len for stage in context.stages} | {context.start_seq_len or 0}
-        lengths = sorted(set(options.lengths or known) - {0})
+        lengths = sorted(set(self.options.lengths or known_lengths(context)))
         if not lengths:
             raise DataError("needle: the run has no stages and no lengths are set; set lengths in [[evals]]")
-        plan = dict.fromkeys(lengths, options.samples)
-        ends = {"base", context.stages[-1].name} if context.stages else {context.stage}
-        if options.samples_longest_at == "all" or context.stage in ends:
-            plan[lengths[-1]] = options.samples_longest
-        return plan
+        return plan_samples(lengths, self.options, context)
 
     def draw(self, out: Path) -> Mapping[str, bytes]:
         """SVG figures of all that ``<out>.json`` holds: a heat map a stage, and accuracy by length."""
@@ -128,12 +112,6 @@ def count_retrieved(numbers: Sequence[str], response: str) -> int:
     return sum(number in response for number in numbers)
 
 
-def batch_size(samples: int, most: int) -> int:
-    """Rows of the smallest equal batches that do ``samples`` in no more batches than ``most`` rows a batch would."""
-    batches = max(1, -(-samples // max(1, most)))
-    return max(1, -(-samples // batches))
-
-
 def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """``{stage, length, accuracy, samples}`` of each stage and length: the share of asked numbers retrieved."""
     cells: dict[tuple[str, int], list[float]] = {}
@@ -144,31 +122,3 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         {"stage": stage, "length": length, "accuracy": sum(shares) / len(shares), "samples": len(shares)}
         for (stage, length), shares in cells.items()
     ]
-
-
-def read_results(out: Path) -> dict[str, list[Row]]:
-    """``rows`` and ``summary`` of ``<out>.json``, both empty where there is no such file."""
-    path = _results_path(out)
-    if not path.exists():
-        return {"rows": [], "summary": []}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _in_order(rows: Iterable[Row]) -> list[Row]:
-    """Stages in the order in which they were evaluated, then by length and sample."""
-    listed = list(rows)
-    stages = list(dict.fromkeys(row["stage"] for row in listed))
-    return sorted(listed, key=lambda row: (stages.index(row["stage"]), row["length"], row["sample"]))
-
-
-def _write(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> None:
-    results = {"rows": [{name: row[name] for name in FIELDS} for row in rows], "summary": list(summary)}
-    write_atomically(_results_path(out), (json.dumps(results, indent=1) + "\n").encode())
-
-
-def _results_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.json")
-
-
-def _journal_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.jsonl")

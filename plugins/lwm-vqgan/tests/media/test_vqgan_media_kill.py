@@ -74,7 +74,7 @@ def test_killed_encodings_end_byte_for_byte_as_an_undisturbed_one(lwm: Any, fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10, 20))
+@pytest.mark.parametrize("seed", [10, 11, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(12, 20))])
 def test_many_kills(lwm: Any, folder: Path, files_in: Any, seed: int) -> None:
     check_kills(lwm, folder, files_in, seed, most=12, least=3)
 

@@ -18,6 +18,18 @@ from lwm_core.metrics import read_metrics
 
 Row = dict[str, Any]
 
+_REAL = (int, float)
+_NEEDLE_ROW: Mapping[str, Any] = {"stage": str, "length": int, "depth": _REAL, "retrieved": int, "answer": str}
+_NEEDLE_SUMMARY: Mapping[str, Any] = {"stage": str, "length": int, "accuracy": _REAL, "samples": int}
+_LOSS: Mapping[str, Any] = {"stage": str, "frames": int, "length": int, "nats": _REAL, "uniform": _REAL, "samples": int}
+_RECONSTRUCTION: Mapping[str, Any] = {
+    "frames": int,
+    "ssim": _REAL,
+    "codes_used": int,
+    "usage": _REAL,
+    "perplexity": _REAL,
+}
+
 
 @dataclass(frozen=True)
 class StageMetrics:
@@ -40,7 +52,10 @@ class RunData:
         folder: the run's folder.
         run: ``run.json``; empty where it is missing.
         stages: steps by stage, from ``metrics.jsonl``.
-        needles: name → ``rows`` and ``summary`` of every suite that asks at lengths and depths, as ``needle`` does.
+        needles: name → ``rows`` and ``summary`` of every suite that asks at lengths and depths, as ``needle`` and
+            ``video-needle`` do.
+        losses: name → summary rows of every suite that tells nats by frames, as ``video-loss`` does.
+        reconstructions: name → summary row and the PNG beside it, of every suite like ``reconstruction``.
         suites: name → summary rows of every other suite.
         samples: ``{stage, prompt, text}`` rows of ``samples/*.json``.
         notes: what could not be read.
@@ -50,6 +65,8 @@ class RunData:
     run: Mapping[str, Any] = field(default_factory=dict)
     stages: list[StageMetrics] = field(default_factory=list)
     needles: Mapping[str, Mapping[str, list[Row]]] = field(default_factory=dict)
+    losses: Mapping[str, list[Row]] = field(default_factory=dict)
+    reconstructions: Mapping[str, tuple[Row, bytes | None]] = field(default_factory=dict)
     suites: Mapping[str, list[Row]] = field(default_factory=dict)
     samples: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -77,11 +94,17 @@ def read_run(folder: Path) -> RunData:
     run = _json(folder / "run.json", notes)
     suites: dict[str, list[Row]] = {}
     needles: dict[str, dict[str, list[Row]]] = {}
+    losses: dict[str, list[Row]] = {}
+    reconstructions: dict[str, tuple[Row, bytes | None]] = {}
     for path in sorted((folder / "evals").glob("*.json")):
         table = _json(path, notes)
         summary = rows_of(table.get("summary") if isinstance(table, Mapping) else table)
         if isinstance(table, Mapping) and any("depth" in row for row in rows_of(table.get("rows"))):
             needles[path.stem] = _needle(table, path, notes)
+        elif any("nats" in row and "frames" in row for row in summary):
+            losses[path.stem] = _kept(summary, _LOSS, f"{path.name}: {{}} summary", notes)
+        elif len(summary) == 1 and _complete(summary[0], _RECONSTRUCTION):
+            reconstructions[path.stem] = summary[0], _png(path.with_suffix(".png"), notes)
         elif summary:
             suites[path.stem] = summary
     samples: list[Row] = []
@@ -89,7 +112,7 @@ def read_run(folder: Path) -> RunData:
         found = _json(path, notes)
         samples += rows_of(found if isinstance(found, list) else [found])
     described = run if isinstance(run, Mapping) else {}
-    return RunData(folder, described, _stages(folder, notes), needles, suites, samples, notes)
+    return RunData(folder, described, _stages(folder, notes), needles, losses, reconstructions, suites, samples, notes)
 
 
 def number(value: object) -> float:
@@ -106,23 +129,44 @@ def rows_of(value: object) -> list[Row]:
 
 def _needle(table: Mapping[str, Any], path: Path, notes: list[str]) -> dict[str, list[Row]]:
     """The rows and cells that have what a figure needs; a note tells how many have not."""
-    checks = {
-        "rows": {"stage": str, "length": int, "depth": (int, float), "retrieved": int, "answer": str},
-        "summary": {"stage": str, "length": int, "accuracy": (int, float), "samples": int},
-    }
-    kept: dict[str, list[Row]] = {}
-    for name, fields in checks.items():
-        found = rows_of(table.get(name))
-        kept[name] = [row for row in found if _complete(row, fields)]
-        if len(kept[name]) < len(found):
-            notes.append(f"{path.name}: {len(found) - len(kept[name])} of {len(found)} {name} are not complete")
+    checks = {"rows": _NEEDLE_ROW, "summary": _NEEDLE_SUMMARY}
+    if any("frames" in row for row in rows_of(table.get("rows"))):
+        checks = {
+            "rows": {**_NEEDLE_ROW, "frames": int},
+            "summary": {**_NEEDLE_SUMMARY, "frames": int, "chance": _REAL},
+        }
+    return {name: _kept(rows_of(table.get(name)), fields, f"{path.name}: {{}} {name}", notes)
+            for name, fields in checks.items()}  # fmt: skip
+
+
+def _kept(found: list[Row], fields: Mapping[str, Any], what: str, notes: list[str]) -> list[Row]:
+    """The complete ones of ``found``; a note tells how many are not, in the words of ``what``."""
+    kept = [row for row in found if _complete(row, fields)]
+    if len(kept) < len(found):
+        notes.append(f"{what.format(f'{len(found) - len(kept)} of {len(found)}')} are not complete")
     return kept
 
 
 def _complete(row: Row, fields: Mapping[str, Any]) -> bool:
     if not all(isinstance(row.get(key), kind) for key, kind in fields.items()):
         return False
-    return row["length"] > 0 and all(math.isfinite(row[key]) for key, kind in fields.items() if kind is not str)
+    counts = all(row[key] > 0 for key in ("length", "frames") if key in fields)
+    return counts and all(math.isfinite(row[key]) for key, kind in fields.items() if kind is not str)
+
+
+def _png(path: Path, notes: list[str]) -> bytes | None:
+    """A picture's bytes; a note where it is something else, for it goes into the page as it is."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return None
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        notes.append(f"{path.name} is no PNG")
+        return None
+    return data
 
 
 def _stages(folder: Path, notes: list[str]) -> list[StageMetrics]:

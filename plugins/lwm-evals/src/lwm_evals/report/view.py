@@ -14,6 +14,8 @@ from markupsafe import Markup
 from lwm_evals import figures
 from lwm_evals.report import text
 from lwm_evals.report.collect import RunData, StageMetrics, number, rows_of
+from lwm_evals.report.needles import before_and_after, needle
+from lwm_evals.report.vision import reconstruction, video_loss
 
 Row = dict[str, Any]
 
@@ -39,6 +41,8 @@ def page(data: RunData) -> str:
         progress=progress(data),
         curves=curves(data),
         needles=[needle(data, name, results) for name, results in data.needles.items() if results["summary"]],
+        losses=[video_loss(data, name) for name, rows in data.losses.items() if rows],
+        reconstructions=[reconstruction(data, name) for name in data.reconstructions],
         suites=suites(data),
         stages=stage_table(data),
         samples=[sample(row) for row in data.samples],
@@ -65,25 +69,12 @@ def headline(data: RunData) -> Row:
         "start": begun if begun != longest else None,
         "end": longest,
         "factor": longest / begun if longest and begun and longest > begun else None,
-        "accuracy": _before_and_after(data),
+        "accuracy": before_and_after(data),
         "tokens": steps[-1].get("tokens") if steps else None,
         "steps": len(steps),
         "seconds": seconds,
         "parameters": data.table("model").get("parameter_count"),
     }
-
-
-def _before_and_after(data: RunData) -> Row | None:
-    """Needle accuracy of the first and the last evaluated stage at the longest length that both have."""
-    summary = next((results["summary"] for results in data.needles.values() if results["summary"]), [])
-    stages = list(dict.fromkeys(row["stage"] for row in summary))
-    if not stages:
-        return None
-    cells = {(row["stage"], row["length"]): row for row in summary}
-    shared = [length for stage, length in cells if stage == stages[-1] and (stages[0], length) in cells]
-    length = max(shared, default=max(length for stage, length in cells if stage == stages[-1]))
-    first = cells.get((stages[0], length)) if len(stages) > 1 else None
-    return {"length": length, "first": first, "last": cells[stages[-1], length]}
 
 
 def progress(data: RunData) -> Row | None:
@@ -121,55 +112,6 @@ def _curve(data: RunData, metric: str, label: str, size: tuple[float, float], **
         return None
     figure = figures.curve(series, label, size=size, **how)
     return Markup(figures.inline(figure, f"{metric}-{size[0]:g}".replace(".", "-")))
-
-
-def needle(data: RunData, name: str, results: Mapping[str, list[Row]]) -> Row:
-    """Heat maps by stage, accuracy by length as a figure and as a table, and some answers that were wrong."""
-    rows, summary = results["rows"], results["summary"]
-    stages = list(dict.fromkeys(row["stage"] for row in summary))
-    lengths = sorted({row["length"] for row in summary})
-    cells = {(row["stage"], row["length"]): row for row in summary}
-    trained = _trained_lengths(data)
-    drawn = dict.fromkeys(row["stage"] for row in rows)
-    maps = [
-        figures.heat_map(rows, stage, title=_map_title(stage, trained), trained=trained.get(stage), named=False)
-        for stage in drawn
-    ]
-    wrong = [row for row in rows if row["stage"] == stages[-1] and not row.get("correct")]
-    key = list(data.needles).index(name)
-    return {
-        "name": name,
-        "maps": [Markup(figures.inline(figure, f"map-{key}-{k}")) for k, figure in enumerate(maps)],
-        "figure": Markup(figures.inline(figures.accuracy_by_length(summary), f"accuracy-{key}")),
-        "lengths": lengths,
-        "table": [{"stage": s, "cells": [cells.get((s, length)) for length in lengths]} for s in stages],
-        "wrong": sorted(wrong, key=lambda row: -row["length"])[:5],
-        "last": stages[-1],
-        "marked": any(lengths[0] <= trained.get(s, 0) < lengths[-1] for s in stages),
-        "held_out": not any(suite.get("haystack") for suite in rows_of(data.table("config").get("evals"))),
-        "hidden": max((row.get("needles", 1) for row in rows), default=1),
-        "asked": max((row["answer"].count(", ") + 1 for row in rows), default=1),
-        "gradient": ", ".join(figures.accuracy_colour(float(x)) for x in np.linspace(0, 1, 9)),
-    }
-
-
-def _trained_lengths(data: RunData) -> dict[str, int]:
-    """Stage → the longest length that had been trained by its end."""
-    longest = data.table("start").get("seq_len")
-    longest = longest if isinstance(longest, int) else 0
-    known = {"base": longest} if longest else {}
-    for row in data.schedule:
-        longest = max(longest, row["seq_len"] if isinstance(row.get("seq_len"), int) else 0)
-        known[str(row.get("name"))] = longest
-    return known
-
-
-def _map_title(stage: str, trained: Mapping[str, int]) -> str:
-    length = trained.get(stage)
-    if stage == "base":
-        return f"base, trained to {length}" if length else "base"
-    told = length is None or str(length) in stage or figures.tokens(length).lower() in stage.lower()
-    return f"after {stage}" if told else f"after {stage}, {length}"
 
 
 def suites(data: RunData) -> list[Row]:
