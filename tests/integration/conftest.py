@@ -33,8 +33,8 @@ name = "progressive"
 from = 128
 lengths = [256, 512]
 theta = [20_000.0, 80_000.0]
-tokens = [12_288, 12_288]
-batch_tokens = 1024
+tokens = [24_576, 24_576]
+batch_tokens = 2048
 lr = 1e-3
 mesh = ["1,1,1,-1", "1,-1,1,1"]
 mix = [{ text = 1.0 }, { text = 0.5, needle = 0.5 }]
