@@ -115,9 +115,9 @@ def test_commands_parse(command: str) -> None:
         verbs = inner[0]
 
 
-@pytest.mark.parametrize("command", [command for command in SHELL if command.split()[1] in CHEAP])
+@pytest.mark.parametrize("command", [one for one in SHELL if one.split()[1] in CHEAP and "--aot" not in one])
 def test_cheap_commands_run(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Commands that only look at things do so without an error."""
+    """Commands that only look at things do so without an error; one that compiles is the plugin's to test."""
     code = main(shlex.split(command)[1:])
     shown = capsys.readouterr()
     assert code == 0, shown.err

@@ -101,8 +101,12 @@ def machine_name(device: Device, devices: int) -> str:
     return f"{device.name}x{devices}" if device.island else f"{device.name}-{round(devices * device.cores)}"
 
 
-def read_machine(name: str) -> Machine:
+def read_machine(name: str, option: str = "--hardware") -> Machine:
     """``v4-512``, ``h100x64``, or a TPU's topology as ``lwm aot`` has it, ``v5p:8x8x4``.
+
+    Args:
+        name: of the machine.
+        option: by which it was given, for errors.
 
     Raises:
         UsageError: there is no such kind, or the number makes no whole devices.
@@ -112,19 +116,43 @@ def read_machine(name: str) -> Machine:
     kind = match["kind"] if match else re.split(r"[-x:]", text, maxsplit=1)[0]
     device = DEVICES.get(kind)
     if match is None or device is None or not _written_so(device, match):
-        _refuse(name, text, device)
+        _refuse(option, name, text, device)
     if match["torus"]:
         devices = prod(int(side) for side in match["torus"].split("x")) * device.devices_per_chip
         if not devices:
-            _refuse(name, text, device)
+            _refuse(option, name, text, device)
         return Machine(name, device, devices)
     count = float(int(match["count"])) / device.cores
     if count < 1 or count != int(count):
         raise UsageError(
-            f"--hardware {name!r}: the number counts cores, {device.cores:g} a device of {device.name}; expected a "
+            f"{option} {name!r}: the number counts cores, {device.cores:g} a device of {device.name}; expected a "
             f"positive multiple of {device.cores:g}"
         )
     return Machine(machine_name(device, int(count)), device, int(count))
+
+
+def read_topology(name: str, hardware: str | None) -> Machine:
+    """The machine that ``--aot`` compiles for.
+
+    Args:
+        name: a TPU's topology.
+        hardware: what ``--hardware`` says, if it was given; it must be the same devices.
+
+    Raises:
+        UsageError: it is no topology, or ``hardware`` is another machine.
+    """
+    if ":" not in name:
+        raise UsageError(
+            f"--aot {name!r} is no topology; expected a TPU and its torus, such as v4:8x8x4, v5p:8x8x8 or v6e:16x16"
+        )
+    machine = read_machine(name, "--aot")
+    asked = machine if hardware is None else read_machine(hardware)
+    if (asked.device, asked.devices) != (machine.device, machine.devices):
+        raise UsageError(
+            f"--hardware {hardware} is {asked.devices} x {asked.device.name} and --aot {name} is {machine.devices} x "
+            f"{machine.device.name}; leave --hardware out, or name the same devices"
+        )
+    return machine
 
 
 def _written_so(device: Device, match: re.Match[str]) -> bool:
@@ -132,7 +160,7 @@ def _written_so(device: Device, match: re.Match[str]) -> bool:
     return match["sign"] == "x" if device.island else match["sign"] == "-" or match["torus"] is not None
 
 
-def _refuse(name: str, text: str, device: Device | None) -> NoReturn:
+def _refuse(option: str, name: str, text: str, device: Device | None) -> NoReturn:
     """Say what was nearly meant."""
     kind = device.name if device else near_miss(re.sub(r"[-x:]\d*$", "", text), DEVICES)
     number = re.search(r"[-x](\d+)$", text)
@@ -140,4 +168,4 @@ def _refuse(name: str, text: str, device: Device | None) -> NoReturn:
     if kind and number:
         example = f"{kind}{'x' if DEVICES[kind].island else '-'}{number[1]}"
     near = f"did you mean {example}? Names are like" if example else "expected a name such as"
-    raise UsageError(f"--hardware {name!r} is unknown; {near} {', '.join(EXAMPLES)}")
+    raise UsageError(f"{option} {name!r} is unknown; {near} {', '.join(EXAMPLES)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lwm_core.errors import LwmError
-from lwm_core.protocols import Stage
+from lwm_core.protocols import CompiledStep, Stage
+from lwm_plan import compiled as ahead
 from lwm_plan.hardware import Machine
 from lwm_plan.job import Job
 from lwm_plan.sources import Source
@@ -36,6 +38,7 @@ class StagePlan:
         problem: why the stage cannot run so; none where it fits.
         ways: out of the problem.
         warnings: what should be known besides.
+        compiled: the step as the devices' compiler has made it; none where it was not asked.
     """
 
     job: Job
@@ -46,12 +49,15 @@ class StagePlan:
     problem: str | None
     ways: tuple[WayOut, ...]
     warnings: tuple[str, ...]
+    compiled: CompiledStep | None = None
 
 
-def plan(source: Source, machine: Machine, names: tuple[str, ...] = ()) -> tuple[StagePlan, ...]:
-    """Every stage of ``source``, or those called ``names``, on ``machine``."""
+def plan(
+    source: Source, machine: Machine, names: tuple[str, ...] = (), compiled: Mapping[str, CompiledStep] | None = None
+) -> tuple[StagePlan, ...]:
+    """Every stage of ``source``, or those called ``names``, on ``machine``; ``compiled`` steps go by stage's name."""
     return tuple(
-        plan_stage(source.job, stage, machine, index, source.free)
+        replace(plan_stage(source.job, stage, machine, index, source.free), compiled=(compiled or {}).get(stage.name))
         for index, stage in enumerate(source.stages)
         if not names or stage.name in names
     )
@@ -136,7 +142,7 @@ def to_json(one: StagePlan) -> dict[str, Any]:
              "step_seconds": way.found.timing.seconds}
             for way in one.ways
         ],
-        "warnings": list(one.warnings),
+        "warnings": list(one.warnings), "compiled": ahead.to_json(chosen, one.compiled),
     }  # fmt: skip
     return facts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lwm_plan import compiled as ahead
 from lwm_plan.hardware import DEVICES, EXAMPLES, Machine
 from lwm_plan.plan import SAME, StagePlan, gib
 from lwm_plan.sources import Source
@@ -11,6 +12,8 @@ from lwm_plan.ways_out import WayOut
 
 COLUMNS = ("stage", "tokens a row", "mesh", "attention", "GiB a device", "fits", "s a step", "MFU", "tokens/s", "takes",
            "device-hours", "hides")  # fmt: skip
+COMPILED = ("compiled", "off")
+"""After the planned memory, where stages were compiled."""
 LEFT = ("stage", "mesh", "attention", "fits", "hides")
 
 
@@ -21,7 +24,13 @@ def table(stages: Sequence[StagePlan], machine: Machine, source: Source) -> list
         f"{source.name} on {machine.name}: {machine.devices} devices of {device.peak_flops / 1e12:g} TFLOP/s and "
         f"{gib(device.memory)}"
     )
-    lines = [head, *columns(COLUMNS, [_row(one) for one in stages], LEFT)]
+    names: tuple[str, ...] = COLUMNS
+    rows = [_row(one) for one in stages]
+    if any(one.compiled is not None for one in stages):
+        at = COLUMNS.index("GiB a device") + 1
+        names = (*names[:at], *COMPILED, *names[at:])
+        rows = [(*row[:at], *_compiled(one), *row[at:]) for row, one in zip(rows, stages, strict=True)]
+    lines = [head, *columns(names, rows, LEFT)]
     whole = [one.chosen for one in stages if one.chosen is not None]
     if len(whole) == len(stages):
         seconds = sum(found.stage_seconds for found in whole)
@@ -40,6 +49,15 @@ def _row(one: StagePlan) -> tuple[str, ...]:
         f"{found.timing.seconds:.3g}", f"{found.mfu:.1%}", f"{found.tokens_per_second:,.0f}",
         _span(found.stage_seconds), _hours(found.stage_seconds * found.machine.devices), axes,
     )  # fmt: skip
+
+
+def _compiled(one: StagePlan) -> tuple[str, str]:
+    """The compiler's memory, and by how much the planned is off."""
+    if one.compiled is None or one.chosen is None:
+        return "", ""
+    if one.compiled.problem is not None:
+        return "refused", ""
+    return f"{one.compiled.bytes / 2**30:.2f}", f"{ahead.off(one.chosen, one.compiled):+.1%}"
 
 
 def _span(seconds: float) -> str:
@@ -69,6 +87,8 @@ def below(one: StagePlan, source: Source) -> list[str]:
         lines.append(one.why)
     if one.chosen is not None and one.chosen.memory.host:
         lines.append(f"{gib(one.chosen.memory.host)} in the host's memory for each device")
+    if one.chosen is not None and one.compiled is not None:
+        lines += ahead.lines(one.chosen, one.compiled)
     return lines + [f"warning: {warning}" for warning in one.warnings]
 
 

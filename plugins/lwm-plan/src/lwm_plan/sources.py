@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Source:
         free: the meshes are the planner's to choose.
         notes: on how the source was read.
         literal: stages are in the recipe itself, so that ``-s stages.0.mesh=…`` reaches them.
+        make_trainer: makes the recipe's trainer, which loads its framework; none for a folder.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Source:
     free: bool = False
     notes: tuple[str, ...] = ()
     literal: bool = True
+    make_trainer: Callable[[], object] | None = None
 
 
 def read_source(
@@ -72,7 +74,10 @@ def _of_recipe(name: str, overrides: Sequence[str]) -> Source:
     pipeline = build(loaded, Registry.from_environment(config.plugins.allow, config.plugins.deny))
     trainer, attention = pipeline.selection.trainer, pipeline.selection.attention
     job = Job.from_options(pipeline.model, trainer.name, trainer.options, attention.options)
-    return Source(loaded.source, job, pipeline.stages, notes=tuple(loaded.notes), literal=config.context is None)
+    return Source(
+        loaded.source, job, pipeline.stages, notes=tuple(loaded.notes), literal=config.context is None,
+        make_trainer=pipeline.make_trainer,
+    )  # fmt: skip
 
 
 def _of_folder(folder: Path, to: int | None, tokens: int, batch_tokens: int | None) -> Source:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lwm_core.cli.overrides import add_overrides
 
 if TYPE_CHECKING:
+    from lwm_core.protocols import CompiledStep
     from lwm_plan.hardware import Machine
     from lwm_plan.plan import StagePlan
     from lwm_plan.sources import Source
@@ -19,15 +20,19 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add ``lwm plan``."""
     parser = subparsers.add_parser(
         "plan", help="what a recipe's stages take on a machine: memory, time, meshes",
-        description="Tell memory, time and meshes of every stage before a device is rented. Nothing is compiled.",
+        description="Tell memory, time and meshes of every stage before a device is rented. Only --aot compiles.",
     )  # fmt: skip
     parser.add_argument(
         "source", metavar="RECIPE|FILE|FOLDER", nargs="?",
         help="a recipe (lwm recipes), a .toml file, or with --to the folder of a Llama (config.json)",
     )  # fmt: skip
     parser.add_argument(
-        "--hardware", metavar="NAME", default=DEFAULT,
-        help="such as v4-512, v6e-256, tpu7x-128, h100x64, or a topology, v5p:8x8x4 (default: %(default)s)",
+        "--hardware", metavar="NAME",
+        help=f"such as v4-512, v6e-256, tpu7x-128, h100x64, or a topology, v5p:8x8x4 (default: {DEFAULT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--aot", metavar="TOPOLOGY",
+        help="compile each stage for this topology, such as v5p:8x8x8; its compiler's figures beside the plan's",
     )  # fmt: skip
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage; repeatable")
     parser.add_argument("--to", type=int, metavar="N", help="a folder: tokens that its context is to reach")
@@ -41,12 +46,12 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Plan and tell; 1 where a stage does not fit."""
+    """Plan and tell; 1 where a stage does not fit, or its compiler refuses it."""
     import json
     import sys
 
     from lwm_core.errors import UsageError
-    from lwm_plan.hardware import read_machine
+    from lwm_plan.hardware import read_machine, read_topology
     from lwm_plan.plan import plan, to_json
     from lwm_plan.sources import read_source
 
@@ -57,10 +62,11 @@ def run_plan(args: argparse.Namespace) -> int:
         return 0
     if args.source is None:
         raise UsageError("lwm plan: name a recipe (lwm recipes), a file, or a model's folder with --to")
-    machine = read_machine(args.hardware)
+    compiles = args.aot is not None
+    machine = read_topology(args.aot, args.hardware) if compiles else read_machine(args.hardware or DEFAULT)
     source = read_source(args.source, args.overrides, args.to, args.tokens, args.batch_tokens)
     _check_names(args.stage, source)
-    stages = plan(source, machine, tuple(args.stage))
+    stages = plan(source, machine, tuple(args.stage), _compiled(args, source, machine))
     if args.json:
         facts = {
             "source": source.name, "hardware": machine.name, "devices": machine.devices,
@@ -72,7 +78,19 @@ def run_plan(args: argparse.Namespace) -> int:
         for note in source.notes:
             print(f"note: {note}", file=sys.stderr)
         _tell(stages, machine, source, args.explain)
-    return int(any(one.problem is not None for one in stages))
+    refused = [one.compiled is not None and one.compiled.problem is not None for one in stages]
+    return int(any(refused) or any(one.problem is not None for one in stages))
+
+
+def _compiled(args: argparse.Namespace, source: Source, machine: Machine) -> dict[str, CompiledStep]:
+    """What ``--aot`` asks for; refused before anything is told."""
+    import sys
+
+    from lwm_plan.compiled import compile_stages
+
+    if args.aot is None:
+        return {}
+    return compile_stages(source, machine, args.aot, args.stage, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _check_names(names: list[str], source: Source) -> None:
