@@ -156,7 +156,7 @@ def test_under_torchrun_a_killed_rank_is_named_by_the_other(victim: int, ranks: 
     """The launcher keeps the store, so that rank 0 too is named; it all ends within a minute."""
     ranks.env |= ranks.noted("noted")
     process = ranks.launch(
-        2, "run", "extend.toml", "--out", "out", "-s", "evals=[]", "-s", "context.tokens=[999424,1024]"
+        2, "run", "extend.toml", "--out", "out", "-s", "evals=[]", "-s", "context.tokens=[999424,2048]"
     )
     wait_until([process], lambda: lines(tmp_path / "out") >= 3)
     died = ranks.process_of("noted", victim)

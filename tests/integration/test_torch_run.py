@@ -53,7 +53,7 @@ def test_wrong_use_is_one_clear_error(
 @pytest.mark.slow
 def test_torchrun_starts_it(ranks: Any, tmp_path: Path) -> None:
     """The launcher itself, with the command as the how-to has it."""
-    short = ("-s", "context.tokens=[2048,2048]", "-s", "evals=[]")
+    short = ("-s", "context.tokens=[4096,4096]", "-s", "evals=[]")
     process = ranks.launch(2, "run", "extend.toml", "--out", "out", *short, "--json")
     [(told, errors)] = ranks.finish([process])
     assert process.returncode == 0, errors
