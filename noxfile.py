@@ -92,7 +92,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def long(session: nox.Session) -> None:
-    """The tests that take minutes each, one at a time, for they measure memory; about an hour."""
+    """The tests that take minutes each, one at a time, for they measure memory."""
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, *PLUGINS), *TEST_TOOLS)
     session.run("pytest", "-m", "long", *session.posargs, env=ON_CPU)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from lwm_core.cli import main
 from lwm_core.pipeline import Pipeline
 from lwm_core.protocols import Collective, CompiledStep, Stage
 from lwm_plan.hardware import read_machine
@@ -34,21 +33,6 @@ TOTAL = 12 * GIB + 64 * 2**20
 REFUSED = replace(MADE_UP, problem="RESOURCE_EXHAUSTED: ran out\nlargest: 3G", collectives=(), temporary_bytes=0)
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lwm(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command; gives its code, its output and its errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        try:
-            code = main(["plan", *words])
-        except SystemExit as stopped:
-            code = int(str(stopped.code))
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 class StandIn:

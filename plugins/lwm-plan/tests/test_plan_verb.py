@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from plan_cases import llama, stage
 
-from lwm_core.cli import main
 from lwm_core.rope import RopeSpec
 from lwm_plan.hardware import read_machine
 from lwm_plan.job import Job
@@ -24,21 +23,6 @@ KEYS = {"name", "seq_len", "mesh", "strategy", "fits", "bytes_per_device", "flop
         "tokens_per_second", "hides", "warnings"}  # fmt: skip
 
 Run = Any
-
-
-@pytest.fixture
-def lwm(capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command; gives its code, its output and its errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        try:
-            code = main(["plan", *words])
-        except SystemExit as stopped:
-            code = int(str(stopped.code))
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture
