@@ -54,7 +54,7 @@ class Rows:
             slot, self._dtype = self.used[0], x.dtype
             if slot == self._plain.shape[2]:
                 self._room(slot + 1, self._plain[0])
-            self._plain[:, :, slot] = x
+            self._plain.select(2, slot).copy_(x)
             self.used = [slot + 1] * len(self.used)
         elif here or not self.used:
             nothing = torch.zeros(0, dtype=torch.long, device=x.device)
@@ -114,7 +114,8 @@ class Rows:
         """``[B, K, slots, D]`` in the dtype that came; of a row with fewer slots in use the rest means nothing."""
         assert self._plain is not None
         if self._codes is None or self._scales is None or self._kind != "int8":
-            return self._plain[rows].narrow(2, 0, slots).to(self._dtype)
+            plain = self._plain if rows == slice(None) else self._plain[rows]
+            return plain.narrow(2, 0, slots).to(self._dtype)
         pages = -(-slots // PAGE)
         codes, scales = self._codes[rows, :, :pages], self._scales[rows, :, :pages]
         opened = (codes.float() * scales).to(self._dtype).flatten(2, 3)
