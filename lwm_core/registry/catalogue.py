@@ -17,6 +17,7 @@ KNOWN: Mapping[tuple[str, str], str] = MappingProxyType(
         ("data", "mix"): "lwm-data",
         ("eval", "needle"): "lwm-evals",
         ("eval", "reconstruction"): "lwm-evals",
+        ("eval", "video-continuation"): "lwm-evals",
         ("eval", "video-loss"): "lwm-evals",
         ("eval", "video-needle"): "lwm-evals",
         ("encoder", "vqgan"): "lwm-vqgan",

@@ -83,18 +83,40 @@ class ClipWriter:
         self._session: Any = None
         self._frames: list[NDArray[np.int32]] = []
 
-    def begin(self, prompt: VisionPrompt, *, guided: bool, frames: int = 1) -> None:
+    def begin(
+        self, prompt: VisionPrompt, *, guided: bool, frames: int = 1, given: NDArray[np.integer] | None = None
+    ) -> None:
         """Read a prompt; what was written before is forgotten.
 
         Args:
             guided: whether ``guidance`` other than 1 will be asked for; it costs a second row.
             frames: that will be written, for which room is made.
+            given: codes ``[T,n]`` of frames that the clip begins with; those that are written continue them.
+
+        Raises:
+            ShapeError: the given frames are none of ``n`` codes of the codebook.
         """
         self.close()
+        begun = [] if given is None else list(self._checked(given))
+        # The delimiter of the last of them is read with the frame that follows, as after a frame that was written.
+        ids = frame_tokens(np.stack(begun), self._vocabulary)[:-1].tolist() if begun else []
         session = self._generator.session(guided=guided)
-        other = prompt.unconditional if guided else None
-        session.read(prompt.conditional, other, expected=frames * (self._length + 1))
-        self._session, self._frames = session, []
+        other = (*prompt.unconditional, *ids) if guided else None
+        session.read((*prompt.conditional, *ids), other, expected=frames * (self._length + 1))
+        self._session, self._frames = session, begun
+
+    def _checked(self, given: NDArray[np.integer]) -> NDArray[np.int32]:
+        if (
+            given.ndim != 2
+            or given.shape[1] != self._length
+            or given.min(initial=0) < 0
+            or (given >= self._count).any()
+        ):
+            raise ShapeError(
+                f"the frames to continue are {list(given.shape)}, codes to {given.max(initial=0)}; expected "
+                f"[T, {self._length}] of codes below {self._count}"
+            )
+        return given.astype(np.int32)
 
     def write(
         self, count: int, sampling: SamplingSpec, note: Callable[[], None] = lambda: None
@@ -143,7 +165,7 @@ class ClipWriter:
 
     @property
     def codes(self) -> NDArray[np.int32]:
-        """``[T,n]`` written so far."""
+        """``[T,n]`` so far, those that were given first."""
         return np.stack(self._frames) if self._frames else np.zeros((0, self._length), np.int32)
 
     def close(self) -> None:

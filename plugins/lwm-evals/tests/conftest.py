@@ -22,6 +22,7 @@ from lwm_core.shards import Manifest, Settings, Shard, Video
 from lwm_core.vocab import Vocabulary
 from lwm_evals.pictures import pictures
 from lwm_evals.reconstruction import side_by_side
+from lwm_evals.video_continuation import Clip, sheet
 
 TEXT = [f"Ge{i // 30 + 1}:{i % 30 + 1} And it came to pass in the land of verse {i}." for i in range(300)]
 
@@ -295,6 +296,15 @@ def _write_vision(folder: Path, stages: list[str], random: np.random.Generator, 
     (folder / "reconstruction.json").write_text(json.dumps({"rows": [], "summary": [told]}))
     _, frames = pictures("shape", 64)
     (folder / "reconstruction.png").write_bytes(side_by_side(frames, frames // 8 * 8 + 4))
+    continued = [
+        {"stage": stage, "written": 4, "codes_equal": 0.1234 * (k + 1), "psnr": 14.0 + k, "encoder_psnr": 24.183,
+         "still_psnr": 15.5}
+        for k, stage in enumerate(stages[2:])
+    ]  # fmt: skip
+    (folder / "video-continuation.json").write_text(json.dumps({"rows": [], "summary": continued}))
+    frames = frames[:8]
+    clip = Clip(frames, np.zeros((len(frames), 16), np.int32), frames // 8 * 8 + 4, 0)
+    (folder / "video-continuation.png").write_bytes(sheet(clip, 4, [frames[4:] // 32 * 32 + 16] * len(continued)))
 
 
 @pytest.fixture

@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from lwm_core.registry import Registry, plugin_options_model
-from lwm_evals import NeedleOptions, NeedleSuite, ReconstructionSuite, VideoLossSuite, VideoNeedleSuite
+from lwm_evals import (
+    NeedleOptions,
+    NeedleSuite,
+    ReconstructionSuite,
+    VideoContinuationSuite,
+    VideoLossSuite,
+    VideoNeedleSuite,
+)
 from lwm_evals.hooks import ReportHooks
 
 
@@ -26,7 +33,7 @@ def test_specs_import_nothing_heavy() -> None:
     [
         ("eval", "needle", NeedleSuite), ("eval", "video-needle", VideoNeedleSuite),
         ("eval", "video-loss", VideoLossSuite), ("eval", "reconstruction", ReconstructionSuite),
-        ("hooks", "report", ReportHooks),
+        ("eval", "video-continuation", VideoContinuationSuite), ("hooks", "report", ReportHooks),
     ],
 )  # fmt: skip
 def test_the_registry_finds_them(kind: str, name: str, factory: type) -> None:
@@ -39,7 +46,9 @@ def test_suites_that_need_the_encoder_say_so() -> None:
     registry = Registry()
     suites = [one for one in registry.candidates("eval") if one.dist == "lwm-evals"]
     told = {one.name: registry.spec("eval", one.label).capability("encoder") is True for one in suites}
-    assert told == {"needle": False, "reconstruction": True, "video-loss": False, "video-needle": True}
+    assert told == {
+        "needle": False, "reconstruction": True, "video-continuation": True, "video-loss": False, "video-needle": True,
+    }  # fmt: skip
 
 
 def test_the_needle_options_are_the_suites_own() -> None:

@@ -199,7 +199,9 @@ def test_it_shows_the_suites_of_video_and_pictures(make_run: MakeRun) -> None:
     page = read(folder)
     assert_self_contained(page)
     assert page.wrong == [] and page.open == [] and len(page.ids()) == len(set(page.ids()))
-    assert page.headings[:4] == ["Needle retrieval", "Video needle", "Loss of the next frame", "Reconstruction"]
+    assert page.headings[:5] == [
+        "Needle retrieval", "Video needle", "Loss of the next frame", "Continuation of a clip", "Reconstruction",
+    ]  # fmt: skip
     summary = json.loads((folder / "evals" / "video-needle.json").read_text())["summary"]
     cell = next(row for row in summary if (row["stage"], row["frames"]) == ("2048", 113))
     losses = json.loads((folder / "evals" / "video-loss.json").read_text())["summary"]
@@ -208,13 +210,14 @@ def test_it_shows_the_suites_of_video_and_pictures(make_run: MakeRun) -> None:
         "Needle accuracy at 4,096 tokens", "is right in 12.5% of all cases", "Answered right", "Right by likelihood",
         f"{percent(cell['accuracy'])}likeliest {percent(cell['choice_accuracy'])}n=16", "clip, frames", "chance",
         "frames before", "6.24 nats", f"{losses[-1]['nats']:.3f}", "24.18 dB", "17.02 dB", "0.812", "431 (84.2%)",
+        "a row a stage: 1024, 2048, 4096.", "1024412.3%14.00 dB24.18 dB15.50 dB",
     ):  # fmt: skip
         assert expected in text, expected
     # maps, accuracy; maps twice, accuracy twice; the curve; loss twice and two small ones
     assert sum(tag == "svg" for tag, _ in page.tags) == (5 + 1) + (2 * 5 + 2) + 1 + (2 + 2)
-    [picture] = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    png = base64.b64decode(str(picture).partition(",")[2])
-    assert png == (folder / "evals" / "reconstruction.png").read_bytes()
+    shown = [base64.b64decode(str(attrs["src"]).partition(",")[2]) for tag, attrs in page.tags if tag == "img"]
+    files = ("video-continuation", "reconstruction")
+    assert shown == [(folder / "evals" / f"{name}.png").read_bytes() for name in files]
     assert (folder / "report.html").stat().st_size < 1_000_000
 
 
@@ -239,14 +242,16 @@ def test_a_run_of_video_alone_is_headed_by_its_frames_and_may_lack_likelihoods(m
     for row in table["summary"]:
         del row["choice_accuracy"]
     path.write_text(json.dumps(table))
-    (folder / "evals" / "reconstruction.png").write_bytes(b"<svg onload=alert(1)>")
+    for name in ("reconstruction", "video-continuation"):
+        (folder / "evals" / f"{name}.png").write_bytes(b"<svg onload=alert(1)>")
     (folder / "evals" / "video-loss.json").write_text(
         json.dumps({"summary": [{"stage": "base", "frames": 1, "nats": "much"}]})
     )
     page = read(folder)
     text = " ".join(page.text.split())
     assert "Video needle accuracy at 233 frames" in text and "likelihood" not in text and "likeliest" not in text
-    assert "reconstruction.png is no PNG" in text and not [tag for tag, _ in page.tags if tag == "img"]
+    assert "reconstruction.png is no PNG" in text and "video-continuation.png is no PNG" in text
+    assert not [tag for tag, _ in page.tags if tag == "img"]
     assert "video-loss.json: 1 of 1 summary are not complete" in text and "Loss of the next frame" not in text
     assert "Reconstruction" in page.headings and page.wrong == [] and page.open == []
 

@@ -158,3 +158,21 @@ def test_a_clip_without_a_frame_has_no_end() -> None:
     with pytest.raises(LwmError, match="no frame yet"):
         writer.end()
     assert writer.codes.shape == (0, 4)
+
+
+def test_a_clip_goes_on_after_frames_that_are_given() -> None:
+    """The given frames stand in the prompt, the delimiter of the last is read before the first that is written."""
+    painter = Painter()
+    writer = ClipWriter(painter, VOCABULARY, 4)  # type: ignore[arg-type]
+    prompt = vision_prompt("video", "a boat", BYTES)
+    given = np.array([[0, 1, 2, 3], [15, 14, 13, 12]])
+    writer.begin(prompt, guided=True, frames=2, given=given)
+    made = np.stack(list(writer.write(2, LATER)))
+    ids = [259, 260, 261, 262, EOF, 274, 273, 272, 271]
+    assert painter.reads == [
+        ([*prompt.conditional, *ids], [*prompt.unconditional, *ids], 10), ([EOF], None, 0), ([EOF], None, 0)
+    ]  # fmt: skip
+    assert np.array_equal(writer.codes, np.concatenate([given, made]))
+    for wrong in (given[:, :3], given + 1, given - 1, given[0]):
+        with pytest.raises(ShapeError, match=r"expected \[T, 4\] of codes below 16"):
+            writer.begin(prompt, guided=False, given=wrong)

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lwm_evals.needle import NeedleSuite
-    from lwm_evals.options import NeedleOptions, ReconstructionOptions, VideoLossOptions, VideoNeedleOptions
+    from lwm_evals.options import (
+        NeedleOptions,
+        ReconstructionOptions,
+        VideoContinuationOptions,
+        VideoLossOptions,
+        VideoNeedleOptions,
+    )
     from lwm_evals.reconstruction import ReconstructionSuite
     from lwm_evals.report import write_report
+    from lwm_evals.video_continuation import VideoContinuationSuite
     from lwm_evals.video_loss import VideoLossSuite
     from lwm_evals.video_needle import VideoNeedleSuite
 
@@ -21,6 +28,8 @@ _LAZY = {
     "NeedleSuite": "lwm_evals.needle",
     "ReconstructionOptions": "lwm_evals.options",
     "ReconstructionSuite": "lwm_evals.reconstruction",
+    "VideoContinuationOptions": "lwm_evals.options",
+    "VideoContinuationSuite": "lwm_evals.video_continuation",
     "VideoLossOptions": "lwm_evals.options",
     "VideoLossSuite": "lwm_evals.video_loss",
     "VideoNeedleOptions": "lwm_evals.options",
@@ -33,6 +42,8 @@ __all__ = [
     "NeedleSuite",
     "ReconstructionOptions",
     "ReconstructionSuite",
+    "VideoContinuationOptions",
+    "VideoContinuationSuite",
     "VideoLossOptions",
     "VideoLossSuite",
     "VideoNeedleOptions",

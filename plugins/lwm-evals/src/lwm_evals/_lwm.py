@@ -26,6 +26,15 @@ video_loss = PluginSpec(
     options="lwm_evals.options:VideoLossOptions",
 )
 
+video_continuation = PluginSpec(
+    name="video-continuation",
+    summary="A clip that the model continues, beside what really follows: frames, codes and PSNR",
+    factory="lwm_evals.video_continuation:VideoContinuationSuite",
+    options="lwm_evals.options:VideoContinuationOptions",
+    needs=("PIL",),
+    capabilities={"encoder": True},
+)
+
 reconstruction = PluginSpec(
     name="reconstruction",
     summary="What the run's encoder keeps of pictures: PSNR, SSIM, use of the codebook, before and after",

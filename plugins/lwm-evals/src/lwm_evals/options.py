@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from lwm_evals.pictures import Asked
 
@@ -116,6 +124,24 @@ class ReconstructionOptions(Options):
         default=None, description="a picture, a video or a folder of them; default: pictures that are drawn"
     )
     frames: PositiveInt = Field(default=32, description="frames at most, evenly spaced over all there are")
+
+
+class VideoContinuationOptions(Options):
+    """Which clip is continued, and from where."""
+
+    path: str = Field(description="a video, or a folder of pictures whose names are in the order of the frames")
+    every: PositiveInt = Field(default=1, description="of the frames there are, every n-th is taken")
+    given: PositiveInt = Field(default=4, description="frames that the model is shown")
+    frames: PositiveInt = Field(default=4, description="frames that it writes after them")
+    at: NonNegativeInt | None = Field(
+        default=None,
+        description="the first frame shown, of those taken; default: so that the clip's last one is written",
+    )
+    caption: str | None = Field(
+        default=None, description="what the clip was captioned with in training; default: clips without a text"
+    )
+    temperature: NonNegativeFloat = Field(default=0.0, description="of the draw; 0 takes the likeliest code")
+    top_k: NonNegativeInt = Field(default=0, description="draw from so many of the likeliest codes; 0: from all")
 
 
 class VideoLossOptions(Options):

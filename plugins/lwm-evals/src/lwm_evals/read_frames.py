@@ -5,7 +5,7 @@ Shapes: T frames [T,H,W,3] uint8, H = W = side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +42,12 @@ def find_files(path: Path) -> list[Path]:
 
 
 def read_frames(path: Path, side: int, most: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """At most ``most`` frames, evenly spaced over all there are, and what each is called.
+    """At most ``most`` frames, evenly spaced over all there are, and what each is called; see :func:`frames_at`."""
+    return frames_at(path, side, lambda count: uniform_frames(count, most).tolist())
+
+
+def frames_at(path: Path, side: int, choose: Callable[[int], Sequence[int]]) -> tuple[NDArray[np.uint8], list[str]]:
+    """The frames whose numbers ``choose`` gives for how many there are, and what each is called.
 
     The shortest side is scaled to ``side`` and the middle is cut out.
 
@@ -51,7 +56,7 @@ def read_frames(path: Path, side: int, most: int) -> tuple[NDArray[np.uint8], li
     """
     files = find_files(path)
     counts = [_count(file) for file in files]
-    wanted = set(uniform_frames(sum(counts), most).tolist())
+    wanted = set(choose(sum(counts)))
     made, names, first = [], [], 0
     for file, count in zip(files, counts, strict=True):
         if wanted.intersection(range(first, first + count)):

@@ -29,6 +29,7 @@ _RECONSTRUCTION: Mapping[str, Any] = {
     "usage": _REAL,
     "perplexity": _REAL,
 }
+_CONTINUATION: Mapping[str, Any] = {"stage": str, "written": int, "codes_equal": _REAL}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RunData:
             ``video-needle`` do.
         losses: name → summary rows of every suite that tells nats by frames, as ``video-loss`` does.
         reconstructions: name → summary row and the PNG beside it, of every suite like ``reconstruction``.
+        continuations: name → summary rows and the PNG beside them, of every suite like ``video-continuation``.
         suites: name → summary rows of every other suite.
         samples: ``{stage, prompt, text}`` rows of ``samples/*.json``.
         notes: what could not be read.
@@ -67,6 +69,7 @@ class RunData:
     needles: Mapping[str, Mapping[str, list[Row]]] = field(default_factory=dict)
     losses: Mapping[str, list[Row]] = field(default_factory=dict)
     reconstructions: Mapping[str, tuple[Row, bytes | None]] = field(default_factory=dict)
+    continuations: Mapping[str, tuple[list[Row], bytes | None]] = field(default_factory=dict)
     suites: Mapping[str, list[Row]] = field(default_factory=dict)
     samples: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -96,6 +99,7 @@ def read_run(folder: Path) -> RunData:
     needles: dict[str, dict[str, list[Row]]] = {}
     losses: dict[str, list[Row]] = {}
     reconstructions: dict[str, tuple[Row, bytes | None]] = {}
+    continuations: dict[str, tuple[list[Row], bytes | None]] = {}
     for path in sorted((folder / "evals").glob("*.json")):
         table = _json(path, notes)
         summary = rows_of(table.get("summary") if isinstance(table, Mapping) else table)
@@ -105,6 +109,9 @@ def read_run(folder: Path) -> RunData:
             losses[path.stem] = _kept(summary, _LOSS, f"{path.name}: {{}} summary", notes)
         elif len(summary) == 1 and _complete(summary[0], _RECONSTRUCTION):
             reconstructions[path.stem] = summary[0], _png(path.with_suffix(".png"), notes)
+        elif any("codes_equal" in row for row in summary):
+            rows = _kept(summary, _CONTINUATION, f"{path.name}: {{}} summary", notes)
+            continuations[path.stem] = rows, _png(path.with_suffix(".png"), notes)
         elif summary:
             suites[path.stem] = summary
     samples: list[Row] = []
@@ -112,7 +119,10 @@ def read_run(folder: Path) -> RunData:
         found = _json(path, notes)
         samples += rows_of(found if isinstance(found, list) else [found])
     described = run if isinstance(run, Mapping) else {}
-    return RunData(folder, described, _stages(folder, notes), needles, losses, reconstructions, suites, samples, notes)
+    return RunData(
+        folder, described, _stages(folder, notes), needles, losses, reconstructions, continuations, suites, samples,
+        notes,
+    )  # fmt: skip
 
 
 def number(value: object) -> float:

@@ -15,7 +15,7 @@ from lwm_evals import figures
 from lwm_evals.report import text
 from lwm_evals.report.collect import RunData, StageMetrics, number, rows_of
 from lwm_evals.report.needles import before_and_after, needle
-from lwm_evals.report.vision import reconstruction, video_loss
+from lwm_evals.report.vision import continuation, reconstruction, video_loss
 
 Row = dict[str, Any]
 
@@ -43,6 +43,7 @@ def page(data: RunData) -> str:
         needles=[needle(data, name, results) for name, results in data.needles.items() if results["summary"]],
         losses=[video_loss(data, name) for name, rows in data.losses.items() if rows],
         reconstructions=[reconstruction(data, name) for name in data.reconstructions],
+        continuations=[continuation(data, name) for name, (rows, _) in data.continuations.items() if rows],
         suites=suites(data),
         stages=stage_table(data),
         samples=[sample(row) for row in data.samples],

@@ -1,4 +1,4 @@
-"""What the page shows of video and pictures: loss by frames before, and pictures with what became of them."""
+"""What the page shows of video and pictures: loss by frames before, what became of pictures, how clips go on."""
 
 from __future__ import annotations
 
@@ -44,8 +44,24 @@ def reconstruction(data: RunData, name: str) -> Row:
     ]
     if row.get("exact"):
         facts.append(("came back to the bit", str(row["exact"])))
-    url = None if picture is None else "data:image/png;base64," + base64.b64encode(picture).decode()
-    return {"name": name, "facts": facts, "picture": url}
+    return {"name": name, "facts": facts, "picture": _url(picture)}
+
+
+def continuation(data: RunData, name: str) -> Row:
+    """The picture as a data URL, and a row a stage."""
+    summary, picture = data.continuations[name]
+    stages = [
+        {
+            "stage": row["stage"], "written": f"{row['written']:,}", "codes_equal": f"{row['codes_equal']:.1%}",
+            **{key: _decibel(row.get(key)) for key in ("psnr", "encoder_psnr", "still_psnr")},
+        }
+        for row in summary
+    ]  # fmt: skip
+    return {"name": name, "stages": stages, "picture": _url(picture)}
+
+
+def _url(picture: bytes | None) -> str | None:
+    return None if picture is None else "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _decibel(value: object) -> str:
