@@ -1,7 +1,8 @@
 """The errors a person may meet. One line for people in ``str(error)``, details for logs in ``details``.
 
 Everything that is the user's to mend derives from :class:`LwmError`; the command prints it as one line and
-exits with :attr:`LwmError.exit_code`. Anything else that escapes is a bug of ours and keeps its traceback.
+exits with :attr:`LwmError.exit_code`. So it does with an OSError that names a file, or that a full disk raises, and
+exits with 1. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Shapes: T frames of n codes.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,10 @@ def _check_out(args: argparse.Namespace, media: Media) -> None:
         raise UsageError(f"--out is {out}; expected a name that ends with {' or '.join(suffixes)}{folder}")
     elif out.is_dir():
         raise UsageError(f"--out is {out}, which is a folder; expected the name of a file")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "nothing can be written there" if above.is_dir() else "it is a file"
+        raise UsageError(f"--out is {out}, below {above}, but {what}; name another place")
 
 
 def _samplings(args: argparse.Namespace) -> list[tuple[int, SamplingSpec]]:

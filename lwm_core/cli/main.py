@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use; 130 and 143 stopped by Ctrl-C and SIG
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ VERBS = (
 """The modules beside this one, each with an ``add_parser``, in the order in which help shows them."""
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+_DISK = frozenset({errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS})
+"""What a disk says, whatever file it is about."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         function: Callable[[argparse.Namespace], int] = args.run
         _show_warnings_in_one_line()
-        return function(args)
+        code = function(args)
+        sys.stdout.flush()  # here, where a full disk can still be told
+        return code
     except EndedElsewhereError as error:
         return error.exit_code  # the process that it began in has told why
     except LwmError as error:
@@ -78,7 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has closed it (lwm ... | head); nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
+        return EXIT_FAILED
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK:
+            raise
+        _tell(LwmError(f"{'' if error.filename is None else f'{error.filename}: '}{error.strerror or error}"), False)
+        if debug:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _let_go_of_stdout()
         return EXIT_FAILED
     except BaseException as error:
         stopped = _stopped(error)
@@ -86,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(stopped[0], file=sys.stderr)
         return stopped[1]
+
+
+def _let_go_of_stdout() -> None:
+    """What was printed and cannot be written is forgotten; else the interpreter would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stopped(error: BaseException) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from lwm_core.protocols.attention import (
     AttentionFactory,
     AttentionHarness,
 )
-from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest, TrainsOnCodes
+from lwm_core.protocols.data import DataContext, DataSource, Feed, FeedRequest, HoldsOutClips, TrainsOnCodes
 from lwm_core.protocols.encoder import EncoderContext, VisionEncoder
 from lwm_core.protocols.evaluation import ChecksSetup, EvalContext, EvalSetup, EvalSuite
 from lwm_core.protocols.generation import Generator, SamplingSpec, Scorer, Session
@@ -48,6 +48,7 @@ __all__ = [
     "Feed",
     "DataSource",
     "TrainsOnCodes",
+    "HoldsOutClips",
     "OptimizerSpec",
     "TrainerContext",
     "Processes",

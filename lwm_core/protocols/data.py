@@ -74,3 +74,12 @@ class TrainsOnCodes(Protocol):
     def code_settings(self) -> Mapping[str, Settings]:
         """Name of each of its sources of codes → how they were made, as their folder records it; may be empty."""
         ...
+
+
+@runtime_checkable
+class HoldsOutClips(Protocol):
+    """A data source that knows which clips of the folders of codes that it trains on are left for evaluation."""
+
+    def held_out_clips(self) -> Mapping[Path, Sequence[str]]:
+        """Each folder of codes that a feed may train on, resolved → names of its clips that none does; may be empty."""
+        ...

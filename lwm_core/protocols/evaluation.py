@@ -28,6 +28,8 @@ class EvalSetup:
             them always.
         trained_codes: data source → how the codes that it trains on were made (see :class:`TrainsOnCodes`).
         held_out: gives the data source's texts that were never trained on (see :meth:`DataSource.held_out`).
+        held_out_clips: folder of codes that is trained on → names of its clips that are not (see
+            :class:`HoldsOutClips`); a clip of such a folder that is not among them must not be evaluated on.
         base_dir: where relative paths start.
         start_seq_len: length that the starting model was trained at; none where it is not known.
     """
@@ -39,6 +41,7 @@ class EvalSetup:
     encoder: VisionEncoder | None = None
     trained_codes: Mapping[str, Settings] = field(default_factory=dict)
     held_out: Callable[[], Sequence[str]] = tuple
+    held_out_clips: Mapping[Path, Sequence[str]] = field(default_factory=dict)
     base_dir: Path = Path(".")
     start_seq_len: int | None = None
 

@@ -16,6 +16,7 @@ from lwm_core.protocols import (
     EvalContext,
     EvalSetup,
     EvalSuite,
+    HoldsOutClips,
     Processes,
     TrainsOnCodes,
     VisionEncoder,
@@ -116,6 +117,7 @@ class Suites:
             encoder=self.encoder() if self._plugged[name].needs_encoder else None,
             trained_codes=self.trained_codes,
             held_out=self._data.held_out,
+            held_out_clips=self._data.held_out_clips() if isinstance(self._data, HoldsOutClips) else {},
             base_dir=pipeline.base_dir,
             start_seq_len=pipeline.start.seq_len,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,32 @@ def test_debug_shows_the_traceback(lwm: Any, small: Write) -> None:
     assert "Traceback" in lwm("run", "nowhere.toml", "--out", "r", LWM_DEBUG="1").stderr
     assert "Traceback" in lwm("--debug", "run", "nowhere.toml").stderr
     assert "Traceback" not in lwm("run", "nowhere.toml").stderr
+
+
+def test_what_a_disk_refuses_is_one_line(lwm: Any, small: Write) -> None:
+    """A folder below a file, a name that is too long, and standard output on a full disk."""
+    for out, part in (("small.toml/r", "small.toml/r: Not a directory"), ("r" * 300, "File name too long")):
+        done = lwm("run", str(small()), "--out", out)
+        assert done.returncode == 1 and part in done.stderr and len(error_lines(done.stderr)) == 1, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(lwm.arguments("greet", "you"), cwd=lwm.cwd, env=lwm.env, stdout=full,
+                                  stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+        assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also an OSError, where it is neither of a file nor of a disk."""
+    from lwm_core.cli import doctor, main
+
+    def refused(args: Any) -> int:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(doctor, "run_doctor", refused)
+    with pytest.raises(ConnectionRefusedError):
+        main(["doctor"])
+    assert capsys.readouterr().err == ""
 
 
 def test_no_plugins_means_the_cores_own(lwm: Any, small: Write) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # for vision_ring
+
 EXTEND = """
 name = "extend"
 seed = 5
@@ -91,6 +93,23 @@ class Feed:
 """The data plugin ``noted``: what ``mix`` feeds, with a digest of every row in a file ``RANK-PID.jsonl``."""
 
 
+def _places(world: int) -> list[dict[str, str]]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def places() -> Callable[[int], list[dict[str, str]]]:
+    """The environment of each of so many processes of Torch, as torchrun tells them their places."""
+    return _places
+
+
 class Ranks:
     """The ``lwm`` command with every installed plugin, and the recipe ``extend.toml`` beside it."""
 
@@ -99,16 +118,7 @@ class Ranks:
 
     def start(self, world: int, *words: str, **env: str) -> list[subprocess.Popen[str]]:
         """``world`` processes of the command, told their places as torchrun does."""
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = str(one.getsockname()[1])
-        return [
-            self.lwm.start(
-                *words, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
+        return [self.lwm.start(*words, **place, **env) for place in _places(world)]
 
     def finish(self, processes: list[subprocess.Popen[str]], seconds: float = 200) -> list[tuple[str, str]]:
         """What each has said, once all have ended."""

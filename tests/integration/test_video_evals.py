@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def recipe(lwm: Any) -> Path:
     return folder / "look.toml"
 
 
+def test_clips_that_a_source_holds_out_are_the_ones_evaluated_on(lwm: Any, recipe: Path) -> None:
+    """Of two videos, by the run's own option; ``video-loss`` needs no folder then."""
+    lines = recipe.read_text().split("[[evals]]")
+    recipe.write_text(lines[0].replace("max_frames = 3", "held_out = 0.5") + '[[evals]]\nname = "video-loss"\n')
+    done = lwm("run", "look.toml", *STANDIN, **PLUGINS)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((lwm.cwd / "runs" / "look" / "evals" / "video-loss.json").read_text())["rows"]
+    assert {row["video"] for row in rows} == {min(("a.mp4", "b.mp4"), key=lambda n: sha256(n.encode()).digest())}
+
+
 @pytest.mark.slow
 def test_the_pages_recipe_is_run_evaluated_again_and_reported(lwm: Any, recipe: Path) -> None:
     done = lwm("run", "look.toml", *STANDIN, **PLUGINS)
@@ -76,6 +87,8 @@ def test_what_cannot_be_evaluated_is_one_line_before_the_first_step(lwm: Any, re
     for change, message in (
         (lambda: recipe.write_text(text.replace('[encoder]\nname = "vqgan"\n', "")), "'video-needle' needs a vision"),
         (lambda: recipe.write_text(text.replace("held-out", "gone")), "video-loss: gone: is no folder of codes"),
+        (lambda: recipe.write_text(text.replace("held-out", "codes")),
+         "codes is trained on and none of its clips is held out; set held_out in its data source, or name a folder"),
         (lambda: manifest.write_text(manifest.read_text().replace("0" * 64, "7" * 64)),
          "held-out are of lwm-standin:patches 777777777777, but data source 'clips' trains on codes of"),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,11 @@ def test_what_is_shown_is_what_the_encoder_makes_of_it(
         (("generate", "r", "image", "--prompt", "a", "--out", "a.mp4"), 2, "expected a name that ends with .png"),
         (("generate", "r", "image", "--prompt", "a", "--out", "a"), 2, "expected a name that ends with .png"),
         (("generate", "r", "video", "--prompt", "a", "--out", "a.png"), 2, ".mp4 or .gif, or that of a folder"),
+        (("generate", "r", "image", "--prompt", "a", "--out", "r.toml/b/a.png"), 2, "r.toml, but it is a file; name"),
+        (("generate", "r", "image", "--prompt", "a", "--out", "a" * 300 + ".png"), 1, ".png: File name too long"),
+        (("chat", "r", "--video", "empty.mp4"), 1, "empty.mp4: is empty; expected a video"),
+        (("chat", "r", "--video", "still"), 1, "still: is a folder; expected a video"),
+        (("chat", "r", "--image", "pipe.png"), 1, "pipe.png: is no plain file; expected"),
         (("generate", "r", "video", "--prompt", "a", "--out", "a.mp4", "--frames", "0"), 2, "--frames is 0"),
         (("generate", "r", "video", "--prompt", "a", "--out", "a.gif", "--fps", "0"), 2, "--fps is 0.0"),
         (("generate", "r", "image", "--prompt", "", "--out", "a.png"), 2, "--prompt is ''; expected a text"),
@@ -216,6 +222,10 @@ def test_wrong_use_and_wrong_files_are_one_line(
 ) -> None:  # fmt: skip
     for name in ("text.mp4", "text.png"):
         (ran / name).write_text("this is a text\n")
+    (ran / "empty.mp4").touch()
+    (ran / "still").mkdir(exist_ok=True)
+    if not (ran / "pipe.png").exists():
+        os.mkfifo(ran / "pipe.png")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What?\n")))
     capsys.readouterr()
     assert main(list(words)) == code

@@ -385,6 +385,7 @@ def test_examples_longer_than_a_row(one: Any, open_source: Any, write_codes: Any
         ({"templates": {"image": "{vision}"}}, "text-image"),
         ({"templates": {"text-image": "{vision}"}}, r"template 'text-image': its fields are \{vision\}"),
         ({"leave_out": ["all"]}, "no-caption"),
+        ({"held_out": 1.0}, "less than 1"),
     ],
 )
 def test_wrong_options_are_told(options: dict[str, Any], words: str) -> None:

@@ -179,9 +179,40 @@ def test_codes_like_those_trained_on_are_taken(make: Any, clips: Any, tmp_path: 
     VideoLossSuite(SMALL).check(make(trained_codes={"clips": settings}))
 
 
+def test_of_a_folder_that_is_trained_on_what_is_held_out_is_read(
+    make: Any, clips: Any, write_shards: Any, tmp_path: Path
+) -> None:
+    """Named or not: the loss is that of a folder of these clips alone."""
+    write_shards("apart", {"a": clips["a"], "b": clips["b"]})
+    trained = {tmp_path.resolve() / "codes": ["a", "b"], tmp_path.resolve() / "other": []}
+    expected = VideoLossSuite(SMALL.model_copy(update={"path": "apart"})).run(make(out=tmp_path / "x" / "apart"))
+    for path in ("codes", "../" + tmp_path.name + "/codes", None):
+        out = tmp_path / "x" / str(path).strip("./")
+        context = make(held_out_clips=trained, out=out)
+        assert VideoLossSuite(SMALL.model_copy(update={"path": path})).run(context) == expected
+        assert {row["video"] for row in results(context)["rows"]} == {"a", "b"}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"path": "a", "frames": []}, {"path": "a", "frames": [0]}, {"path": "a", "n": 1}]
+    ("path", "held_out", "message"),
+    [
+        ("codes", {"codes": []}, "codes is trained on and none of its clips is held out; set held_out in its data"),
+        (None, {"codes": []}, "no data source holds clips out; set held_out in a vision source, or path to a folder"),
+        (None, {}, "no data source holds clips out"),
+        (None, {"codes": ["a"], "more": ["b"]}, "clips are held out of .*codes and .*more; set path to one of them"),
+        ("codes", {"codes": ["short"]}, "longest video of the 1 held out has 3 frames, but frames = 4 before the one"),
+    ],
 )
+def test_clips_that_are_trained_on_are_not_evaluated_on(
+    make: Any, clips: Any, tmp_path: Path, path: str | None, held_out: dict[str, list[str]], message: str
+) -> None:
+    suite = VideoLossSuite(SMALL.model_copy(update={"path": path}))
+    with pytest.raises(DataError, match=message) as caught:
+        suite.check(make(held_out_clips={tmp_path.resolve() / name: names for name, names in held_out.items()}))
+    assert str(caught.value).startswith("video-loss: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"path": "a", "frames": []}, {"path": "a", "frames": [0]}, {"path": "a", "n": 1}])
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         VideoLossOptions.model_validate(options)

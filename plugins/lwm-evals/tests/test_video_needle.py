@@ -307,12 +307,17 @@ def test_clips_are_as_long_as_the_stages_by_default(make: Any) -> None:
         VideoNeedleSuite().run(make(stages=[], start_seq_len=None))
 
 
-def test_needles_may_be_hidden_in_codes_of_a_folder(make: Any, seer: Seer, write_shards: Any) -> None:
-    """Eleven frames of their own, read round again; the seer finds the needle, the rest are the folder's in order."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_needles_may_be_hidden_in_codes_of_a_folder(make: Any, seer: Seer, write_shards: Any, trained: bool) -> None:
+    """Eleven frames of their own, read round again; the seer finds the needle, the rest are the folder's in order.
+
+    Of a folder that is trained on, the clips that are held out are all there is.
+    """
     clips = {"a": np.arange(80).reshape(5, 16) % 512, "b": 300 + np.arange(96).reshape(6, 16)}
-    folder = write_shards("codes", clips)
-    options = SMALL.model_copy(update={"haystack": "codes", "frames": (14,), "depths": (0.0, 1.0)})
-    context = make()
+    between = {"seen": np.full((4, 16), 511)} if trained else {}
+    folder = write_shards("codes", {"a": clips["a"], **between, "b": clips["b"]})
+    options = SMALL.model_copy(update={"haystack": folder.name, "frames": (14,), "depths": (0.0, 1.0)})
+    context = make(held_out_clips={folder.resolve(): ["b", "a"]} if trained else {})
     VideoNeedleSuite(options).run(context)
     rows = np.concatenate(list(clips.values())).tolist()
     starts = set()
@@ -331,6 +336,7 @@ def test_needles_may_be_hidden_in_codes_of_a_folder(make: Any, seer: Seer, write
     ("options", "error", "message"),
     [
         ({"haystack": "missing"}, DataError, "video-needle: haystack .*missing: is no folder of codes"),
+        ({"haystack": "seen"}, DataError, "haystack .*seen is trained on and none of its clips is held out; set held"),
         ({"haystack": "other"}, DataError, "are of a:b eeeeeeeeeeee, but the run's encoder is cccccccccccc"),
         ({"frames": (4, 2), "needle_frames": 3}, ShapeError, "2 frames has no room for needle_frames = 3"),
         ({"frames": None, "needle_frames": 60}, DataError, r"60 frame\(s\) and answer take 1139 tokens"),
@@ -340,7 +346,8 @@ def test_wrong_use_is_one_line_before_the_first_step_and_after(
     make: Any, write_shards: Any, options: dict[str, Any], error: type[LwmError], message: str
 ) -> None:
     write_shards("other", {"a": [[1] * 16]}, checksum="e" * 64)
-    suite, context = VideoNeedleSuite(SMALL.model_copy(update=options)), make()
+    seen = write_shards("seen", {"a": [[1] * 16]})
+    suite, context = VideoNeedleSuite(SMALL.model_copy(update=options)), make(held_out_clips={seen.resolve(): []})
     assert isinstance(suite, ChecksSetup)
     for call in (suite.check, suite.run):
         with pytest.raises(error, match=message) as caught:

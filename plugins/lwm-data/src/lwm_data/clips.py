@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,50 @@ def check_one_encoder(shards: Mapping[str, Shards], line_widths: Mapping[str, in
             )
 
 
-def clip_examples(options: VisionOptions, shards: Shards, base: Path, name: str) -> list[ClipExample]:
-    """The examples of a source: a clip for each line of its captions, or each clip alone.
+def held_out_clips(options: VisionOptions, shards: Shards, name: str) -> frozenset[str]:
+    """Names of the clips of a source's folder that are never trained on.
+
+    They follow from the names of the folder's clips alone: neither their order, the captions nor the seed matters.
+
+    Raises:
+        DataError: none is left to train on.
+    """
+    if not options.held_out:
+        return frozenset()
+    clips = [video.name for video in shards.videos if video.frames]
+    count = max(1, round(len(clips) * options.held_out))
+    if count >= len(clips):
+        raise DataError(
+            f"vision source {name!r}: held_out = {options.held_out} of {len(clips)} clip(s) in {shards.folder} leaves "
+            "none to train on; lower it, or encode more"
+        )
+    return frozenset(sorted(clips, key=lambda clip: hashlib.sha256(clip.encode()).digest())[:count])
+
+
+def check_held_out(shards: Mapping[str, Shards], fractions: Mapping[str, float]) -> None:
+    """Refuse sources that read one folder but differ in what they hold out: one would train on the other's.
+
+    Args:
+        shards: by vision source.
+        fractions: what each holds out.
+
+    Raises:
+        ConfigError: two of them do.
+    """
+    owners: dict[Path, str] = {}
+    for name, one in shards.items():
+        other = owners.setdefault(one.folder.resolve(), name)
+        if fractions[name] != fractions[other]:
+            raise ConfigError(
+                f"data.sources: {other!r} and {name!r} both read {one.folder}, but hold out {fractions[other]} and "
+                f"{fractions[name]} of it; give both the same held_out"
+            )
+
+
+def clip_examples(
+    options: VisionOptions, shards: Shards, held_out: frozenset[str], base: Path, name: str
+) -> list[ClipExample]:
+    """The examples of a source: a clip for each line of its captions, or each clip alone; none of ``held_out``.
 
     Raises:
         DataError: a clip has no frames or no caption, or a caption no clip (unless they are left out), or none is left.
@@ -108,17 +151,24 @@ def clip_examples(options: VisionOptions, shards: Shards, base: Path, name: str)
         )
     numbers = {video.name: number for number, video in enumerate(shards.videos) if video.frames}
     if options.captions is None:
-        examples = [ClipExample(number, clip, shards.videos[number].frames) for clip, number in numbers.items()]
+        examples = [
+            ClipExample(number, clip, shards.videos[number].frames)
+            for clip, number in numbers.items()
+            if clip not in held_out
+        ]
     else:
-        examples = _captioned(options, shards, numbers, base / Path(options.captions).expanduser(), who, set(empty))
+        file = base / Path(options.captions).expanduser()
+        examples = _captioned(options, shards, numbers, held_out, file, who, set(empty))
     if not examples:
-        raise DataError(f"{who}: no example is left; its captions are of none of the clips in {shards.folder}")
+        but = f" but the {len(held_out)} that held_out keeps from training" if held_out else ""
+        raise DataError(f"{who}: no example is left; its captions are of none of the clips in {shards.folder}{but}")
     return examples
 
 
 def _captioned(
-    options: VisionOptions, shards: Shards, numbers: dict[str, int], file: Path, who: str, empty: set[str]
-) -> list[ClipExample]:
+    options: VisionOptions, shards: Shards, numbers: dict[str, int], held_out: frozenset[str], file: Path, who: str,
+    empty: set[str],
+) -> list[ClipExample]:  # fmt: skip
     captions = [caption for caption in read_captions(file, who) if caption.name not in empty]
     strange = [caption for caption in captions if caption.name not in numbers]
     if strange and "no-clip" not in options.leave_out:
@@ -127,7 +177,7 @@ def _captioned(
             f"{shards.folder}; {len(strange)} line(s) are so: mend them, or set leave_out = ['no-clip']"
         )
     named = {caption.name for caption in captions}
-    missing = [clip for clip in numbers if clip not in named]
+    missing = [clip for clip in numbers if clip not in named and clip not in held_out]
     if missing and "no-caption" not in options.leave_out:
         raise DataError(
             f"{who}: {_counted(missing, 'has no caption', 'have no caption')} in {file}; add them, or set leave_out = "
@@ -136,7 +186,7 @@ def _captioned(
     return [
         ClipExample(number, caption.name, shards.videos[number].frames, caption.text, caption.question)
         for caption in captions
-        if (number := numbers.get(caption.name)) is not None
+        if (number := numbers.get(caption.name)) is not None and caption.name not in held_out
     ]
 
 

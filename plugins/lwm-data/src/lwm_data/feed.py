@@ -19,7 +19,7 @@ from lwm_core.errors import ConfigError, DataError, LwmError, ShapeError
 from lwm_core.needles import sentence_ends
 from lwm_core.protocols import DataContext, FeedRequest
 from lwm_core.shards import Settings
-from lwm_data.clips import check_one_encoder, clip_examples, open_codes
+from lwm_data.clips import check_held_out, check_one_encoder, clip_examples, held_out_clips, open_codes
 from lwm_data.corpus import Corpus, Texts, encode_corpus, files_of, read_texts
 from lwm_data.lines import LineCorpus, LineReader, line_files
 from lwm_data.options import JsonlOptions, MixOptions, TextOptions, VisionOptions, check_mix
@@ -95,11 +95,10 @@ class MixSource:
         self._options, self._context = options, context
         self._files = {name: files_of(o, context.base_dir, name) for name, o in self._text_options.items()}
         self._check_held_out()
-        self._shards = {
-            name: open_codes(o, context.vocabulary, context.base_dir, name)
-            for name, o in options.sources.items()
-            if isinstance(o, VisionOptions)
-        }
+        visions = {name: o for name, o in options.sources.items() if isinstance(o, VisionOptions)}
+        self._shards = {name: open_codes(o, context.vocabulary, context.base_dir, name) for name, o in visions.items()}
+        check_held_out(self._shards, {name: o.held_out for name, o in visions.items()})
+        self._kept = {name: held_out_clips(o, self._shards[name], name) for name, o in visions.items()}
         self._line_files = {name: line_files(o, context.base_dir, name) for name, o in self._line_options.items()}
         check_one_encoder(self._shards, {name: o.codes_per_frame for name, o in self._line_options.items()})
         self._clips: dict[str, ClipCorpus] = {}
@@ -132,6 +131,10 @@ class MixSource:
     def code_settings(self) -> Mapping[str, Settings]:
         """See :class:`lwm_core.protocols.TrainsOnCodes`; a line of a jsonl source does not tell who made its codes."""
         return {name: one.manifest.settings for name, one in self._shards.items()}
+
+    def held_out_clips(self) -> Mapping[Path, Sequence[str]]:
+        """See :class:`lwm_core.protocols.HoldsOutClips`; the clips in lines of jsonl sources have no folder."""
+        return {one.folder.resolve(): sorted(self._kept[name]) for name, one in self._shards.items()}
 
     @property
     def _text_options(self) -> dict[str, TextOptions]:
@@ -194,7 +197,7 @@ class MixSource:
     def _clip_corpus(self, name: str, options: VisionOptions) -> ClipCorpus:
         if name not in self._clips:
             context, shards = self._context, self._shards[name]
-            examples = clip_examples(options, shards, context.base_dir, name)
+            examples = clip_examples(options, shards, self._kept[name], context.base_dir, name)
             self._clips[name] = ClipCorpus(name, options, shards, examples, context.tokenizer, context.vocabulary)
         return self._clips[name]
 
@@ -214,8 +217,9 @@ def open_mix(options: MixOptions, context: DataContext) -> MixSource:
     """The factory of the data plugin ``mix``.
 
     Raises:
-        DataError: a file is missing, or a folder of codes is damaged.
-        ConfigError: two sources read one file and hold out different parts of it, or hold codes of different encoders.
+        DataError: a file is missing, a folder of codes is damaged, or nothing of one is left to train on.
+        ConfigError: two sources read one file or folder and hold out different parts of it, or hold codes of different
+            encoders.
         ShapeError: the model has no ids for a source's codes.
     """
     return MixSource(options, context)

@@ -153,6 +153,13 @@ class VisionOptions(_Options):
         description="what is left out instead of refused: clips without a caption, captions without a clip, clips "
         "without frames, examples longer than a row",
     )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the folder's clips that is never trained on, with all that is said of them, at least "
+        "one where it is not 0: those whose names have the lowest SHA-256; evaluations read them",
+    )
     verify: bool = Field(default=False, description="hold every file of codes against its SHA-256 before training")
     share: Share = 1.0
 

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lwm_core.errors import DataError, LwmError
+from lwm_core.errors import DataError
 from lwm_core.protocols import EvalSetup, VisionEncoder
-from lwm_core.shards import Shards, open_shards
+from lwm_evals.clips import Clips, open_clips
 from lwm_evals.files import write_atomically
 from lwm_evals.options import VideoNeedleOptions
 from lwm_evals.pictures import background, pictures
@@ -60,27 +60,25 @@ def excerpt(haystack: Haystack, start: int, count: int) -> NDArray[np.integer]:
     return np.concatenate(parts) if parts else haystack.rows(0, 0)
 
 
-def open_haystack(options: VideoNeedleOptions, setup: EvalSetup, encoder: VisionEncoder) -> Shards | None:
+def open_haystack(options: VideoNeedleOptions, setup: EvalSetup, encoder: VisionEncoder) -> Clips | None:
     """The folder of codes that is named; none where the background is to be drawn.
 
     Raises:
-        DataError: it is no such folder, or its codes are another encoder's.
+        DataError: it is no such folder, its codes are another encoder's, or all its clips are trained on.
     """
     if options.haystack is None:
         return None
-    try:
-        shards = open_shards(setup.base_dir / Path(options.haystack).expanduser())
-    except LwmError as error:
-        raise DataError(f"video-needle: haystack {error}") from None
+    clips = open_clips("video-needle: haystack ", options.haystack, setup)
+    shards = clips.shards
     made = shards.manifest.settings
     if made.checksum != encoder.checksum:
         raise DataError(
             f"video-needle: the codes of haystack {shards.folder} are of {made.encoder} {made.checksum[:12]}, but the "
             f"run's encoder is {encoder.checksum[:12]}; encode it again with that one"
         )
-    if not len(shards):
+    if not len(clips):
         raise DataError(f"video-needle: haystack {shards.folder} holds no frame; encode at least one video into it")
-    return shards
+    return clips
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,8 @@ def encode_once(options: VideoNeedleOptions, setup: EvalSetup, encoder: VisionEn
     Raises:
         DataError: the haystack that is named cannot be used.
     """
-    shards = open_haystack(options, setup, encoder)
-    frames = 0 if shards is not None else options.background_frames
+    clips = open_haystack(options, setup, encoder)
+    frames = 0 if clips is not None else options.background_frames
     said = repr((_DRAWN, setup.seed, options.asked, frames, encoder.frame_size, encoder.checksum))
     key = hashlib.sha256(said.encode()).hexdigest()
     answers, shown = pictures(options.asked, encoder.frame_size)
@@ -117,10 +115,11 @@ def encode_once(options: VideoNeedleOptions, setup: EvalSetup, encoder: VisionEn
         codes = encoder.encode(np.concatenate([shown, drawn]))
         kept = codes[: len(shown)], codes[len(shown) :]
         _write(cache, key, *kept)
-    if shards is None:
+    if clips is None:
         return Codes(answers, kept[0], Drawn(kept[1]), key)
-    files = "".join(shard.sha256 for shard in shards.manifest.shards)
-    return Codes(answers, kept[0], shards, hashlib.sha256((key + files).encode()).hexdigest())
+    files = "".join(shard.sha256 for shard in clips.shards.manifest.shards)
+    files += "".join(map(repr, clips.names or ()))
+    return Codes(answers, kept[0], clips, hashlib.sha256((key + files).encode()).hexdigest())
 
 
 def _read(path: Path, key: str) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:

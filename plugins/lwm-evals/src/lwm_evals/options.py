@@ -110,7 +110,8 @@ class VideoNeedleOptions(GridOptions):
     max_new_tokens: PositiveInt = Field(default=16, description="tokens the model may answer with")
     haystack: str | None = Field(
         default=None,
-        description="folder of codes by lwm encode to hide needles in; default: a moving background that is drawn",
+        description="folder of codes by lwm encode to hide needles in; of one that is trained on, what its source "
+        "holds out; default: a moving background that is drawn",
     )
     background_frames: PositiveInt = Field(
         default=128, description="frames of the drawn background before it begins again, where there is no haystack"
@@ -147,7 +148,11 @@ class VideoContinuationOptions(Options):
 class VideoLossOptions(Options):
     """What is predicted, and from how much."""
 
-    path: str = Field(description="folder of codes by lwm encode, of videos that are not trained on")
+    path: str | None = Field(
+        default=None,
+        description="folder of codes by lwm encode; of one that is trained on, what its source holds out is read; "
+        "default: the one folder of which a data source holds clips out",
+    )
     frames: tuple[PositiveInt, ...] | None = Field(
         default=None, min_length=1,
         description="frames before the one that is predicted; default: 1, 2, 4, ... as far as the longest stage and "

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lwm_core.errors import DataError, LwmError, ShapeError
+from lwm_core.errors import DataError, ShapeError
 from lwm_core.frames import frame_tokens, vision_tokens
 from lwm_core.prompts import UNCONDITIONAL, given_text
 from lwm_core.protocols import EvalContext, EvalSetup
-from lwm_core.shards import Shards, open_shards
+from lwm_evals.clips import Clips, open_clips
 from lwm_evals.files import Journal, Row
 from lwm_evals.grid import ask_all, beside, in_order, known_lengths, read_results, write_results
 from lwm_evals.options import VideoLossOptions
@@ -36,13 +36,13 @@ class Plan:
     """What is predicted.
 
     Args:
-        shards: the videos' codes.
+        clips: the videos, none of which is trained on.
         lengths: length in tokens → frames before, fewest first.
         first: the first frame of a video that may be predicted: one that has all of them before it.
         counts: by video, how many frames may be.
     """
 
-    shards: Shards
+    clips: Clips
     lengths: dict[int, int]
     first: int
     counts: NDArray[np.int64]
@@ -85,7 +85,7 @@ class VideoLossSuite:
         # A row is a whole reading: each is on disk before the next begins.
         ask_all(context, journal, dict.fromkeys(plan.lengths, self.options.samples), 1, ask)
         rows = in_order(journal.rows.values())
-        summary = summarize(rows, plan.shards.manifest.settings.codes)
+        summary = summarize(rows, plan.clips.shards.manifest.settings.codes)
         write_results(context.out, FIELDS, rows, summary)
         return [row for row in summary if row["stage"] == context.stage]
 
@@ -100,8 +100,10 @@ class VideoLossSuite:
 
     def plan(self, setup: EvalSetup) -> Plan:
         """The frames that may be predicted, and from how many; raises as :meth:`run`."""
-        shards = _open(self.options.path, setup)
-        longest = max((video.frames for video in shards.videos), default=0) - 1
+        clips = _open(self.options.path, setup)
+        shards = clips.shards
+        of_which = "" if clips.names is None else f" of the {len(clips.names)} held out"
+        longest = max((video.frames for video in clips.videos), default=0) - 1
         per_frame = shards.manifest.tokens_per_frame
         start = len(_start(setup))
         if self.options.frames is not None:
@@ -112,34 +114,37 @@ class VideoLossSuite:
             befores = [2**k for k in range(max(0, room).bit_length()) if 2**k <= room]
             if not befores:
                 raise DataError(
-                    f"video-loss: {shards.folder}: two frames of {per_frame} codes are needed, but its longest video "
-                    f"has {longest + 1} and the longest stage {most + start} tokens; use longer ones, or set frames"
+                    f"video-loss: {shards.folder}: two frames of {per_frame} codes are needed, but its longest video"
+                    f"{of_which} has {longest + 1} and the longest stage {most + start} tokens; use longer ones, or "
+                    "set frames"
                 )
         if longest < befores[-1]:
             raise DataError(
-                f"video-loss: {shards.folder}: its longest video has {longest + 1} frames, but frames = {befores[-1]} "
-                f"before the one that is predicted need {befores[-1] + 1}; encode a longer one, or lower frames"
+                f"video-loss: {shards.folder}: its longest video{of_which} has {longest + 1} frames, but frames = "
+                f"{befores[-1]} before the one that is predicted need {befores[-1] + 1}; encode a longer one, or lower "
+                "frames"
             )
-        counts = np.array([max(0, video.frames - befores[-1]) for video in shards.videos], np.int64)
+        counts = np.array([max(0, video.frames - befores[-1]) for video in clips.videos], np.int64)
         lengths = {start + vision_tokens(before + 1, per_frame) - 1: before for before in befores}
-        return Plan(shards, lengths, befores[-1], counts)
+        return Plan(clips, lengths, befores[-1], counts)
 
     def _row(self, plan: Plan, length: int, sample: int, context: EvalContext) -> Row:
         video, frame = target(plan, context.seed, sample)
         before = plan.lengths[length]
-        codes = plan.shards.codes(video, frame - before, frame + 1)
+        codes = plan.clips.codes(video, frame - before, frame + 1)
         ids = [*_start(context), *frame_tokens(codes, context.vocabulary)[:-1].tolist()]
         predicted = np.asarray(context.scorer.log_likelihood(ids), np.float64)[-codes.shape[1] :]
         return {
             "stage": context.stage, "frames": before, "length": length, "sample": sample,
-            "video": plan.shards.videos[video].name, "frame": frame, "nats": float(-predicted.mean()),
+            "video": plan.clips.videos[video].name, "frame": frame, "nats": float(-predicted.mean()),
         }  # fmt: skip
 
     def _fingerprint(self, plan: Plan, context: EvalContext) -> str:
         """12 hex digits of all that decides on what is predicted, but for how often and from how few."""
-        manifest = plan.shards.manifest
+        manifest = plan.clips.shards.manifest
         files = [shard.sha256 for shard in manifest.shards]
-        said = repr((context.seed, max(plan.lengths.values()), _start(context), manifest.videos_sha256, files))
+        said = repr((context.seed, max(plan.lengths.values()), _start(context), manifest.videos_sha256, files,
+                     *filter(None, [plan.clips.names])))  # fmt: skip
         return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
@@ -170,11 +175,9 @@ def _start(setup: EvalSetup) -> list[int]:
     return [*bos, *setup.tokenizer.encode(words)]
 
 
-def _open(path: str, setup: EvalSetup) -> Shards:
-    try:
-        shards = open_shards(setup.base_dir / Path(path).expanduser())
-    except LwmError as error:
-        raise DataError(f"video-loss: {error}") from None
+def _open(path: str | None, setup: EvalSetup) -> Clips:
+    clips = open_clips("video-loss: ", path, setup)
+    shards = clips.shards
     made = shards.manifest.settings
     vocabulary = setup.vocabulary
     has = vocabulary.vision_codes if vocabulary.vision_size else 0
@@ -189,4 +192,4 @@ def _open(path: str, setup: EvalSetup) -> Shards:
                 f"video-loss: the codes in {shards.folder} are of {made.encoder} {made.checksum[:12]}, but data source "
                 f"{name!r} trains on codes of {trained.encoder} {trained.checksum[:12]}; encode it again with that one"
             )
-    return shards
+    return clips

@@ -135,9 +135,10 @@ def _tell(args: argparse.Namespace, writer: ShardWriter, progress: EncodeProgres
         print(json.dumps(facts))
         return
     rate = "" if progress.rate is None else f"; {progress.rate:.1f} frames/s"
-    files = f"{manifest.videos} file{'' if manifest.videos == 1 else 's'}"
-    print(
-        f"{args.folder}: {files}, {manifest.frames:,} frames, {tokens:,} codes in {len(manifest.shards)} shards{rate}"
+    files, frames, shards = (
+        f"{count:,} {what}{'' if count == 1 else 's'}"
+        for count, what in ((manifest.videos, "file"), (manifest.frames, "frame"), (len(manifest.shards), "shard"))
     )
+    print(f"{args.folder}: {files}, {frames}, {tokens:,} codes in {shards}{rate}")
     if broken:
         print(f"broken: {', '.join(str(one['name']) for one in broken)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,24 @@ def test_a_full_disk_keeps_what_was_committed(
     assert here(*words) == 0
     assert here("encode", folder, "whole", *words[3:]) == 0
     assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_a_disk_that_takes_no_more(folder: Path, tmp_path: Path, lwm: Any, files_in: Any) -> None:
+    """By the kernel, in a process of its own: a file may have 1000 bytes, which a shard of 30 frames has not."""
+    resource = pytest.importorskip("resource")
+    words = ("encode", folder, "out", *ENCODE, "--batch", 4, "--shard-frames", 400)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
+    done = subprocess.run(lwm.arguments(*words), cwd=tmp_path, env=lwm.env, capture_output=True, text=True,
+                          check=False, preexec_fn=limit)  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        "error: out: cannot be written: File too large; 0 frames are safe, and the same command goes on from there\n"
+    )
+    with pytest.raises(DataError, match="is not complete"):
+        open_shards(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert lwm(*words).returncode == 0
+    assert len(open_shards(tmp_path / "out", verify=True)) > 30
 
 
 SETTINGS = Settings("a:b", "0" * 64, {}, 4096, 64, None, None, 2, 6)

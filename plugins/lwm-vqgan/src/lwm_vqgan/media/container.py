@@ -31,9 +31,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     import av
     from av.stream import Disposition
 
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"{path}: {what}; {EXPECTED}")
+    check_plain(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; {EXPECTED}")
     try:
@@ -52,6 +50,17 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
         except av.error.FFmpegError as error:
             raise DataError(f"{path}: cannot be read: {told(error)}; the file is damaged or cut off") from None
+
+
+def check_plain(path: Path) -> None:
+    """Refuse what is no plain file: a pipe would be waited for, and a device has no end.
+
+    Raises:
+        DataError: it is none.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "there is no such file"
+        raise DataError(f"{path}: {what}; {EXPECTED}")
 
 
 def told(error: BaseException) -> str:

@@ -10,6 +10,7 @@ that starts in the middle decodes as reading from the beginning does, to the bit
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import DataError
-from lwm_vqgan.media.container import opened, told
+from lwm_vqgan.media.container import check_plain, opened, told
 from lwm_vqgan.media.files import is_picture
 from lwm_vqgan.media.orient import upright
 from lwm_vqgan.media.sampling import Sampling
@@ -225,6 +226,9 @@ def _picture(path: Path) -> NDArray[np.uint8]:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    check_plain(path)
+    # What Pillow notes of a file that it can read, or is about to refuse, is not for the reader of the command.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith("I;16"):  # Pillow's own conversion would cut these off at 255
@@ -233,8 +237,6 @@ def _picture(path: Path) -> NDArray[np.uint8]:
             if picture.mode in ("I", "F"):
                 raise DataError(f"{path}: its pixels are {picture.mode!r} numbers without a known range; convert it")
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: is no picture that can be read; expected what its name says") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
