@@ -158,6 +158,26 @@ def test_frames_are_taken_evenly(write_codes: Any, open_source: Any, cap: int | 
     assert count < 20 or cap == 30 or seq_len == 1000
 
 
+@pytest.mark.parametrize("order", ["vision", "text-vision"])
+def test_frames_may_be_taken_one_after_the_other(
+    write_codes: Any, open_source: Any, tmp_path: Path, order: str
+) -> None:
+    """Each example is a window of the clip, every start comes up, and a clip that fits is whole."""
+    codes = np.stack([np.arange(12) // 9, np.arange(12) % 9], axis=1)
+    write_codes("codes", {"it": codes, "short": codes[:3]})
+    (tmp_path / "c.tsv").write_text("it\ta\nshort\tb\n")
+    source = open_source(source_of(order=order, max_frames=4, sampling="consecutive", drop=0.3 * (order != "vision")),
+                         vision=VISION)  # fmt: skip
+    starts = set()
+    for ids, _, _ in examples(source.open(FeedRequest(0, 200, 128)).batch(0)):
+        frames = np.array([i for i in ids if i >= 259]).reshape(-1, 3)[:, :2] - 259
+        first = frames[0, 0] * 9 + frames[0, 1]
+        np.testing.assert_array_equal(frames, codes[first : first + len(frames)])
+        assert len(frames) == 4 or (len(frames) == 3 and first == 0)
+        starts.add((len(frames), int(first)))
+    assert starts == {(3, 0), *((4, first) for first in range(9))}
+
+
 def test_a_video_capped_to_one_frame_is_a_picture(one: Any, open_source: Any) -> None:
     one(CLIP)
     ids, _, _ = first_of(open_source(source_of(max_frames=1), vision=VISION))

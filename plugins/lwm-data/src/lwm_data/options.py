@@ -137,7 +137,12 @@ class VisionOptions(_Options):
     max_frames: int | None = Field(
         default=None,
         ge=1,
-        description="frames of a video at most, evenly spaced from the first to the last; none: as many as a row holds",
+        description="frames of a video at most; none: as many as a row holds",
+    )
+    sampling: Literal["uniform", "consecutive"] = Field(
+        default="uniform",
+        description="which frames of a longer video are taken: evenly spaced from the first to the last, or one after "
+        "the other from a random one on, so that a video is seen at its own pace",
     )
     questions: tuple[str, ...] = Field(
         default=("Describe what you see.",),

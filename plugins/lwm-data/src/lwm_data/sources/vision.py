@@ -57,8 +57,8 @@ class ClipCorpus:
         frames = self.examples[number].frames
         return frames if self.options.max_frames is None else min(frames, self.options.max_frames)
 
-    def sequence(self, number: int, form: str, question: int, frames: int) -> TokenSequence:
-        """The tokens of an example in one form, with so many of its frames.
+    def sequence(self, number: int, form: str, question: int, frames: int, first: int = 0) -> TokenSequence:
+        """The tokens of an example in one form, with so many of its frames; ``first`` is that of consecutive ones.
 
         Raises:
             DataError: its codes cannot be read, or are none of the model's.
@@ -66,7 +66,7 @@ class ClipCorpus:
         ids: list[NDArray[np.int32]] = [np.asarray(self._bos, np.int32)]
         learnt = [False] * len(self._bos)
         for stretch in self._stretches(number, form, question):
-            part = self._clip(number, frames) if stretch.text is None else self._tokenizer.encode(stretch.text)
+            part = self._clip(number, frames, first) if stretch.text is None else self._tokenizer.encode(stretch.text)
             ids.append(np.asarray(part, np.int32))
             learnt += [stretch.learnt] * len(part)
         ids.append(np.asarray(self._eos, np.int32))
@@ -87,11 +87,11 @@ class ClipCorpus:
         texts = sum(len(self._tokenizer.encode(stretch.text)) for stretch in stretches if stretch.text is not None)
         return len(self._bos) + texts + len(self._eos)
 
-    def _clip(self, number: int, frames: int) -> NDArray[np.int32]:
+    def _clip(self, number: int, frames: int, first: int) -> NDArray[np.int32]:
         one = self.examples[number]
         try:
-            if frames == one.frames:
-                codes = self._shards.codes(one.video)
+            if frames == one.frames or self.options.sampling == "consecutive":
+                codes = self._shards.codes(one.video, first, first + frames)
             else:  # frame by frame: a long video is not read whole for a few frames of it
                 at = uniform_frames(one.frames, frames).tolist()
                 codes = np.concatenate([self._shards.codes(one.video, i, i + 1) for i in at])
@@ -101,7 +101,7 @@ class ClipCorpus:
 
 
 class VisionSource:
-    """Whole clips, packed. An item is (number of the example, of its form, of its question, frames)."""
+    """Whole clips, packed. An item is (number of the example, of its form, of its question, frames, the first)."""
 
     def __init__(self, corpus: ClipCorpus, seq_len: int) -> None:
         """Raises ShapeError where an example is longer than a row, unless such are left out."""
@@ -126,8 +126,8 @@ class VisionSource:
 
     def build(self, item: Item, key: Key) -> TokenSequence:
         """See :class:`~lwm_data.sources.base.Source`; all that is random was drawn in the plan."""
-        number, form, question, frames = (int(value) for value in item)
-        return self._corpus.sequence(number, self._forms[form], question, frames)
+        number, form, question, frames, first = (int(value) for value in item)
+        return self._corpus.sequence(number, self._forms[form], question, frames, first)
 
     def _draw(self, random: np.random.Generator, place: int) -> tuple[Item, int]:
         corpus, options = self._corpus, self._corpus.options
@@ -141,7 +141,10 @@ class VisionSource:
         question = int(random.integers(len(options.questions)))
         frames = int(self._frames[number, form, question])
         length = corpus.text_tokens[number, form, question] + vision_tokens(frames, corpus.codes_per_frame)
-        return (number, form, question, frames), int(length)
+        first = 0
+        if options.sampling == "consecutive" and frames:
+            first = int(random.integers(corpus.examples[number].frames - frames + 1))
+        return (number, form, question, frames, first), int(length)
 
     def _refuse(self, number: int, need: int) -> None:
         corpus = self._corpus
