@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,49 @@ def chat(words: tuple[str, ...], given: str, capsys: pytest.CaptureFixture[str],
     return code, *capsys.readouterr()
 
 
-@pytest.fixture
-def clip(ran: Path) -> str:
-    """Twenty frames, of which three are taken."""
+def filmed(path: Path, frames: int) -> str:
+    """A video of so many frames, no two of them alike; its name."""
     from lwm_vqgan.media import write_media
 
     random = np.random.default_rng(0)
-    write_media(ran / "clip.mp4", (random.integers(0, 256, (48, 80, 3), np.uint8) for _ in range(20)), 10.0)
-    return "clip.mp4"
+    write_media(path, (random.integers(0, 256, (48, 80, 3), np.uint8) for _ in range(frames)), 10.0)
+    return path.name
+
+
+@pytest.fixture
+def clip(ran: Path) -> str:
+    """Twenty frames, of which three are taken."""
+    return filmed(ran / "clip.mp4", 20)
+
+
+START = 1 + len("You are a helpful assistant. USER: <vision></vision>")
+"""Tokens that stand before the questions besides the frames' own."""
+
+
+def conversed(
+    clip: str, frames: int, questions: Sequence[str], err: str, counted: Sequence[tuple[int, int | None]]
+) -> dict[str, float]:
+    """Hold what a chat says on standard error about a video against what its session read: the video once, and after
+    it each question alone. Returns the seconds of encoding, of reading, and of all answers.
+    """
+    block = START + frames * BLOCK
+    first, second, *rest = err.splitlines()
+    encoded = re.fullmatch(rf"{clip}: {frames} frames encoded in ([\d.]+) s · [\d.,]+ frames/s", first)
+    read = re.fullmatch(rf"{clip}: {block:,} tokens read in ([\d.]+) s · [\d,]+ tok/s", second)
+    assert encoded and read, err
+    turn = r"(\d+) tokens · ([\d.]+) tok/s · context ([\d,]+): ([\d,]+) kept, ([\d,]+) read anew in ([\d.]+) s"
+    turns = [found.groups() for line in rest if (found := re.fullmatch(turn, line))]
+    numbers = [[float(one.replace(",", "")) for one in found] for found in turns]
+    assert len(turns) == len(questions), err
+    parts, asked = counted[: -len(questions)], counted[-len(questions) :]
+    assert sum(tokens for tokens, _ in parts) == block, "the video, in parts or not, once"
+    context = block
+    for (tokens, _, told, kept, anew, _), (was, _), question in zip(numbers, asked, questions, strict=True):
+        assert anew == was < len(f"\n{question} ASSISTANT:") + 40 and kept <= context, "a question, and no more"
+        context += was + int(tokens)
+        assert told == context == kept + anew + tokens
+    answers = sum(one[0] / max(one[1], 1e-9) + one[5] for one in numbers)
+    return {"encoding": float(encoded[1]), "reading": float(read[1]), "answers": answers}
 
 
 def test_a_video_is_read_once_for_three_questions(
@@ -143,19 +178,42 @@ def test_a_video_is_read_once_for_three_questions(
     words = ("r", "--video", clip, "--frames", "3")
     code, out, _ = chat((*words, "--json"), "What?\nWhere?\nWho?\n", capsys, monkeypatch)
     answers = [json.loads(line) for line in out.splitlines()]
-    start = 1 + len("You are a helpful assistant. USER: <vision></vision>") + 3 * BLOCK
+    start = START + 3 * BLOCK
     assert code == 0 and [one["question"] for one in answers] == ["What?", "Where?", "Who?"]
     assert counted[0] == (start, None) and len(counted) == 4
     assert [one["read"] for one in answers] == [count for count, _ in counted[1:]]
     assert all(one["read"] < 40 for one in answers) and answers[0]["kept"] == start
     assert answers[0]["read"] == len("\nWhat? ASSISTANT:")
     assert answers[2]["context"] == start + sum(one["read"] + one["tokens"] for one in answers)
+    counted.clear()
     code, out, err = chat(words, "What?\n", capsys, monkeypatch)
-    told = err.splitlines()
     assert code == 0 and answers[0]["text"] in out
-    assert re.fullmatch(r"clip.mp4: 3 frames encoded in [\d.]+ s · [\d.]+ frames/s", told[0])
-    assert re.fullmatch(rf"clip.mp4: {start} tokens read in [\d.]+ s · [\d,]+ tok/s", told[1])
-    assert f"{start} kept, 17 read anew in " in told[2]
+    conversed(clip, 3, ["What?"], err, counted)
+    assert f"{start} kept, 17 read anew in " in err.splitlines()[2]
+
+
+FEW, MANY = 12, 1000
+"""Frames of a video that is talked about, every day and in ``nox -s long``: 257,000 tokens of LWM's 257 a frame."""
+
+
+@pytest.mark.parametrize("frames", [FEW, pytest.param(MANY, marks=pytest.mark.long)])
+def test_a_long_video_is_read_once_for_three_questions(
+    frames: int, ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    counted: list[tuple[int, Any]],
+) -> None:  # fmt: skip
+    """Of the preset ``tiny``; how many tokens that were, and how long it took, is printed."""
+    sizes = "hidden_size = 16, intermediate_size = 16, num_layers = 1, "
+    (ran / "tiny.toml").write_text(RUN.replace('"debug"', '"tiny"').replace(sizes, ""))
+    if not (ran / "tiny").exists():
+        assert main(["run", "tiny.toml", "--out", "tiny", "--quiet"]) == 0
+    questions = ["What is shown?", "Where?", "How does it end?"]
+    words = ("tiny", "--video", filmed(ran / "long.mp4", frames), "--frames", str(frames))
+    code, _, err = chat(words, "\n".join(questions), capsys, monkeypatch)
+    assert code == 0, err
+    seconds = conversed("long.mp4", frames, questions, err, counted)
+    told = " · ".join(f"{name} {taken:.1f} s" for name, taken in seconds.items())
+    with capsys.disabled():
+        print(f"\n{frames} frames, {frames * BLOCK:,} tokens: {told}")
 
 
 def test_what_is_shown_is_what_the_encoder_makes_of_it(
