@@ -42,6 +42,18 @@ def test_a_very_long_text_too(side: str, task: str, most: float) -> None:
     assert found["most"] < most, found
 
 
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_the_figures_that_are_kept_are_flat(side: str) -> None:
+    """Under 4 GB to read 128K tokens and 2 GB to score them; four times the tokens never take four times the growth."""
+    from reading import RESULT
+
+    rows = [row for row in json.loads(RESULT.read_text())["rows"] if row["side"] == side]
+    for task, most in (("prefill", 4e9), ("score", 2e9)):
+        grown = {row["tokens"]: row["most"] - row["before"] for row in rows if row["task"] == task}
+        assert 131_072 in grown and max(row["most"] for row in rows if row["task"] == task) < most
+        assert grown[131_072] < 4 * grown[32_768]
+
+
 @pytest.mark.parametrize("options", [["--smoke", "--write"], ["--lengths", "many"], ["--lengths", "1"]])
 def test_wrong_options_are_refused_before_anything_runs(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from reading import main
