@@ -41,11 +41,13 @@ BENCHMARKS = {
     "attention-gpu": "kernels of jax-ring on one NVIDIA GPU: a ring of 8 played through against one whole call",
     "attention-gpu-torch": "lwm-torch-ring on one NVIDIA GPU, in parts: rings, documents, a training step, a million",
     "decoding": "both trainers beside transformers: greedy decoding of a small model after a prompt of 4096 tokens",
+    "planning": "lwm plan's seconds a step beside the trainer jax's, by this machine's own rates, at four lengths",
     "reading": "both trainers: memory and time of reading and scoring long texts, by length",
     "strategies": "strategies, layouts and documents of jax-ring: blocks, bytes and time on 8 host devices",
 }
 ON_GPU = {"attention-gpu", "attention-gpu-torch"}
 ON_BOTH = {"decoding", "reading"}
+WITH_PLAN = {"planning"}
 BESIDE_PEER = {"attention-cpu"}
 PEER = ("jax==0.4.31", "jaxlib==0.4.31", "flax==0.8.5", "numpy<2.1", "ringattention==0.1.2")
 ON_TORCH = {"attention-cpu-torch", "attention-gpu-torch"}
@@ -200,7 +202,8 @@ def bench(session: nox.Session) -> None:
         beside = TORCH_PEER if name == "attention-cpu-torch" else ()
         session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-torch-ring"), *beside)
     else:
-        session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring"))
+        more = [ROOT / "plugins" / "lwm-plan"] if name in WITH_PLAN else []
+        session.install("-c", str(CONSTRAINTS), *editable(ROOT, ROOT / "plugins" / "lwm-jax-ring", *more))
         if on_gpu:
             session.install("-c", str(CONSTRAINTS), f"{ROOT / 'plugins' / 'lwm-jax-ring'}[cuda]")
     script = ROOT / "tests" / "bench" / f"{name.replace('-', '_')}.py"

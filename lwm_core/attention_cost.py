@@ -141,7 +141,6 @@ def _pairs_within(tokens: NDArray[np.float64], document: float | None, window: i
     return pairs
 
 
-@lru_cache(maxsize=512)
 def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[tuple[int, float], ...]:
     """(hop, its share of a round's work) for the hops that a ring needs: the busiest rank of each hop, in the mean over
     where documents may begin. Block-causal masks are taken for causal ones.
@@ -150,20 +149,28 @@ def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[t
     """
     if ranks == 1:
         return ((0, 1.0),)
-    dealt = SequenceLayout(layout, ranks)
-    length = -(-shape.seq_len // dealt.multiple) * dealt.multiple
-    hops = needed_hops(shape.mask, dealt, length) if shape.mask.window else tuple(range(ranks))
     document = float(shape.document) if shape.document and shape.document < shape.seq_len else None
+    return _hop_shares(shape.seq_len, document, shape.mask, layout, ranks)
+
+
+@lru_cache(maxsize=512)
+def _hop_shares(
+    seq_len: int, document: float | None, mask: AttentionMask, layout: LayoutKind, ranks: int
+) -> tuple[tuple[int, float], ...]:
+    """Of several ranks; shapes that differ in heads, rows or bytes alone have the same shares."""
+    dealt = SequenceLayout(layout, ranks)
+    length = -(-seq_len // dealt.multiple) * dealt.multiple
+    hops = needed_hops(mask, dealt, length) if mask.window else tuple(range(ranks))
     if layout == "striped":  # every rank has a token of every stripe: all hops are alike
         return tuple((hop, 1 / len(hops)) for hop in hops)
-    if shape.mask.kind == "full" and document is None:
+    if mask.kind == "full" and document is None:
         return tuple((hop, 1 / len(hops)) for hop in hops)
     halves = 1 if layout == "contiguous" else 2
     run, rank = length / (ranks * halves), np.arange(ranks)
     # Pairs between two runs of one length that begin j runs apart, by inclusion and exclusion; 0 where keys are later.
-    at = _pairs_within(np.arange(halves * ranks + 1, dtype=np.float64) * run, document, shape.mask.window)
+    at = _pairs_within(np.arange(halves * ranks + 1, dtype=np.float64) * run, document, mask.window)
     apart = np.diff(at, prepend=0.0, n=2)
-    if shape.mask.kind == "full":
+    if mask.kind == "full":
         apart[0] *= 2
     work = []
     for hop in hops:
@@ -171,7 +178,7 @@ def hop_shares(shape: AttentionShape, layout: LayoutKind, ranks: int) -> tuple[t
         places = [(rank, keys)] if halves == 1 else [
             (q, k) for q in (rank, 2 * ranks - 1 - rank) for k in (keys, 2 * ranks - 1 - keys)
         ]  # fmt: skip
-        between = (np.abs(q - k) if shape.mask.kind == "full" else q - k for q, k in places)
+        between = (np.abs(q - k) if mask.kind == "full" else q - k for q, k in places)
         by_rank = np.stack([np.where(j >= 0, apart[np.maximum(j, 0)], 0.0) for j in between])
         work.append(float(by_rank.sum(axis=0).max()))
     return tuple((hop, one / sum(work)) for hop, one in zip(hops, work, strict=True))

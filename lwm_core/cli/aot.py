@@ -12,7 +12,7 @@ from lwm_core.cli.overrides import add_overrides
 
 if TYPE_CHECKING:
     from lwm_core.pipeline import Pipeline
-    from lwm_core.protocols import CompiledStep, Stage
+    from lwm_core.protocols import Collective, CompiledStep, Stage
 
 GIB = 2**30
 SHOWN = 6
@@ -94,13 +94,18 @@ def describe(step: CompiledStep) -> list[str]:
     lines.append(f"{_size(step.parameter_bytes)} of that are parameters, and as much the gradients among the temporary")
     if step.host_bytes:
         lines.append(f"{_size(step.host_bytes)} in the host's memory for each device")
-    lines += [f"{one.count:>6} x {one.kind} of {_size(one.bytes)}, {one.type}" for one in step.collectives[:SHOWN]]
+    lines += [_transfer(one) for one in step.collectives[:SHOWN]]
     if len(step.collectives) > SHOWN:
         rest: Any = step.collectives[SHOWN:]
         total = sum(one.bytes * one.count for one in rest)
         lines.append(f"{sum(one.count for one in rest):>6} x smaller transfers, {_size(total)} in all")
     lines += [f"{count:>6} x kernel {name}" for name, count in step.kernels.items()]
     return lines + list(step.choices)
+
+
+def _transfer(one: Collective) -> str:
+    over = f" over {'+'.join(one.axes)}" if one.axes else ""
+    return f"{one.count:>6} x {one.kind} of {_size(one.bytes)}{over}, {one.type}"
 
 
 def _size(count: int) -> str:

@@ -18,12 +18,17 @@ class Collective:
         type: dtype and shape of what one device gives or gets, whichever is larger.
         bytes: of one transfer on one device.
         count: transfers a step.
+        axes: of the mesh, in its order, along which devices take part; none where the trainer does not know.
+        sent: bytes that a device sends in one transfer: n - 1 parts of n of what n devices gather or scatter, twice as
+            much of what they sum, and all of what it gives in a permute.
     """
 
     kind: str
     type: str
     bytes: int
     count: int
+    axes: tuple[str, ...] = ()
+    sent: int = 0
 
 
 @dataclass(frozen=True)

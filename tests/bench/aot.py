@@ -52,11 +52,14 @@ def file(name: str) -> str:
 
 
 OFFLOAD = ("trainer.remat=offload",)
+BEST = ('stages.4.mesh="1,4,4,16"',)
+"""The mesh that ``lwm plan lwm-text --hardware v4-512`` finds for the stage of a million tokens."""
 VISION = ("1K", "8K", "Chat-32K", "Chat-128K", "Chat-1M")
 PODS = ("v4:8x8x8", "v5p:8x8x4", "v6e:16x16")
 ROWS = (
     *(Row("text", "lwm-text", stage, "v4:8x8x4") for stage in ("32K", "128K", "256K", "512K", "1M")),
     Row("text", "lwm-text", "1M", "v4:8x8x4", OFFLOAD),
+    Row("best", "lwm-text", "1M", "v4:8x8x4", BEST),
     *(Row("vision", file("vision"), stage, where) for where in PODS for stage in VISION),
     *(Row("push", file("push"), stage, "v4:8x8x4") for stage in ("1M", "4M", "8M")),
     *(Row("push", file("push"), stage, "v4:8x8x4", OFFLOAD) for stage in ("8M", "16M")),
@@ -82,11 +85,14 @@ def compiled(row: Row) -> dict[str, Any]:
         raise UsageError(f"aot: {row.stage} of {row.source} on {row.topology}: {done.stderr.strip()[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout)[0]
     sent: dict[str, dict[str, int]] = {}
+    axes: dict[str, int] = {}
     for one in found.pop("collectives"):
-        kind = sent.setdefault(one["kind"], {"count": 0, "bytes": 0})
+        kind, over = sent.setdefault(one["kind"], {"count": 0, "bytes": 0}), "+".join(one["axes"])
         kind["count"] += one["count"]
-        kind["bytes"] += one["bytes"] * one["count"]
-    return {"group": row.group, "remat": "offload" if row.overrides else "attention", **found, "sent": sent}
+        kind["bytes"] += one["sent"] * one["count"]
+        axes[over] = axes.get(over, 0) + one["sent"] * one["count"]
+    remat = "offload" if row.overrides == OFFLOAD else "attention"
+    return {"group": row.group, "remat": remat, **found, "sent": sent, "axes": axes}
 
 
 def beside_shares(row: dict[str, Any]) -> int:
@@ -130,9 +136,23 @@ def cells(row: dict[str, Any]) -> list[str]:
     head = [row["stage"], str(row["rows"]), row["mesh"], f"{row['devices']} {row['device_kind']}", row["remat"]]
     if row["problem"] is not None:
         return [*head, "does not fit", f"{row['limit_bytes'] / GIB:.2f}", "", "", "", "", f"{row['seconds']:.0f} s"]
-    sent = sum(kind["bytes"] for kind in row["sent"].values())
-    sizes = (row["bytes"], row["limit_bytes"], row["temporary_bytes"], beside_shares(row), row["host_bytes"], sent)
-    return [*head, *(f"{size / GIB:.2f}" for size in sizes), f"{row['seconds']:.0f} s"]
+    sizes = (row["bytes"], row["limit_bytes"], row["temporary_bytes"], beside_shares(row), row["host_bytes"])
+    sent = f"{sum(row['axes'].values()) / GIB:.2f}" if "axes" in row else ""
+    return [*head, *(f"{size / GIB:.2f}" for size in sizes), sent, f"{row['seconds']:.0f} s"]
+
+
+def kept(rows: Sequence[dict[str, Any]], versions: dict[str, str], groups: Sequence[str]) -> list[dict[str, Any]]:
+    """The committed table with ``rows`` in the place of those of their ``groups``, in the order of :data:`ROWS`.
+
+    Raises:
+        UsageError: the table is of another compiler.
+    """
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    if found["versions"] != versions:
+        raise UsageError(f"aot: {RESULT.name} is of {found['versions']}, and this is {versions}; leave out --group")
+    order = list(dict.fromkeys(row.group for row in ROWS))
+    whole = [*(row for row in found["rows"] if row["group"] not in groups), *rows]
+    return sorted(whole, key=lambda row: order.index(row["group"]))
 
 
 def main(arguments: list[str]) -> int:
@@ -140,12 +160,17 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nox -s aot --", description=__doc__.split("\n")[0])
     add_output(parser, RESULT)
     groups = list(dict.fromkeys(row.group for row in ROWS))
-    parser.add_argument("--group", action="append", choices=groups, help="only these rows; repeatable")
+    parser.add_argument(
+        "--group",
+        action="append",
+        choices=groups,
+        help="only these rows; repeatable; --write leaves the others as they are",
+    )
     given, console = parser.parse_args(arguments), Console(width=max(Console().width, WIDTH))
     try:
+        target, versions = output_target(given, RESULT), {name: version(name) for name in ("jax", "libtpu")}
         if given.write and given.group:
-            raise UsageError("aot: --write keeps the whole table; leave out --group or --write")
-        target = output_target(given, RESULT)
+            kept([], versions, given.group)  # refused before anything is compiled
         rows = []
         for row in SMOKE if given.smoke else [row for row in ROWS if not given.group or row.group in given.group]:
             rows.append(compiled(row))
@@ -156,10 +181,12 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     result = {
         "benchmark": "aot", "smoke": given.smoke, "date": date.today().isoformat(), "hardware": hardware(),
-        "versions": {name: version(name) for name in ("jax", "libtpu")}, "rows": rows,
+        "versions": versions, "rows": rows,
     }  # fmt: skip
     show(result, console)
     if target is not None:
+        if given.write and given.group:
+            result["rows"] = kept(rows, versions, given.group)
         target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.print(f"Written to {target}", highlight=False)
     return int(any(row["problem"] is not None for row in rows))

@@ -92,7 +92,6 @@ def test_the_smoke_case_runs(tmp_path: Path) -> None:
     [
         (("--smoke", "--write"), "leave out --write or --smoke"),
         (("--out", "nowhere/result.json"), "there is no folder nowhere"),
-        (("--write", "--group", "flat"), "leave out --group or --write"),
     ],
 )
 def test_wrong_use_is_one_line(options: tuple[str, ...], words: str) -> None:

@@ -25,7 +25,9 @@ def test_a_stage_that_is_not_there_is_told_before_anything_is_compiled(lwm: Any,
 
 
 def test_a_step_is_told_in_lines() -> None:
-    collectives = tuple(Collective("all-gather", f"f32[{n}]", n * GIB, 2) for n in range(8, 0, -1))
+    collectives = tuple(
+        Collective("all-gather", f"f32[{n}]", n * GIB, 2, ("tp", "sp") * (n < 8)) for n in range(8, 0, -1)
+    )
     step = CompiledStep(
         "v5p:2x2x1", 4, "TPU v5", 12.3, limit_bytes=90 * GIB, parameter_bytes=3 * GIB, argument_bytes=9 * GIB,
         temporary_bytes=10 * GIB, output_bytes=1000, code_bytes=2**20, host_bytes=GIB, collectives=collectives,
@@ -37,6 +39,7 @@ def test_a_step_is_told_in_lines() -> None:
     assert lines[2] == "3.00 GiB of that are parameters, and as much the gradients among the temporary"
     assert lines[3] == "1.00 GiB in the host's memory for each device"
     assert lines[4].strip() == "2 x all-gather of 8.00 GiB, f32[8]"
+    assert lines[5].strip() == "2 x all-gather of 7.00 GiB over tp+sp, f32[7]"
     assert lines[10].strip() == "4 x smaller transfers, 6.00 GiB in all"  # two of 2 GiB and two of 1 GiB
     assert lines[11].strip() == "64 x kernel forward"
     assert lines[12] == "attention auto: ring"

@@ -52,7 +52,7 @@ def main(topology: str, strategy: str, sp: str, kv_heads: str) -> None:
         "devices": len(devices),
         "kernels": kernels(text),
         "permutes": [one._asdict() for one in permutes(text)],
-        "collectives": [dataclasses.asdict(one) for one in collectives(text)],
+        "collectives": [dataclasses.asdict(one) for one in collectives(text, mesh.shape)],
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
     }
     print(json.dumps(found))

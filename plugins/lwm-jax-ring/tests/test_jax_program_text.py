@@ -12,8 +12,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from lwm_jax_ring.aot.axes import groups, served
 from lwm_jax_ring.aot.compile import collectives, kernels
-from lwm_jax_ring.aot.program_text import ProgramText, ProgramTextError, array_bytes
+from lwm_jax_ring.aot.program_text import Instruction, ProgramText, ProgramTextError, array_bytes
 
 TPU_LOOP = """\
 HloModule jit_f, is_scheduled=true
@@ -23,7 +24,7 @@ HloModule jit_f, is_scheduled=true
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %x = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
   %n = s32[] get-tuple-element(%p), index=2
-  %start = (bf16[1,8,128]{2,1,0}, bf16[1,8,128]{2,1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1
+  %start = (bf16[1,8,128]{2,1,0}, bf16[1,8,128]{2,1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %block.3 = bf16[1,8,128]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call"
   %done = bf16[1,8,128]{2,1,0} collective-permute-done(%start)
   %one = s32[] constant(1)
@@ -52,9 +53,18 @@ ENTRY %main (a: bf16[1,8,128]) -> bf16[1,8,128] {
 
 def test_a_tpus_loop_is_counted_from_its_condition_and_first_value() -> None:
     text = ProgramText(TPU_LOOP)
-    (row,) = collectives(text)
+    (row,) = collectives(text, {"sp": 2})
     assert (row.kind, row.type, row.bytes, row.count) == ("collective-permute", "bf16[1,8,128]", 2 * 8 * 128, 5)
+    assert (row.axes, row.sent) == (("sp",), 2 * 8 * 128)
     assert kernels(text) == {"block": 5}
+
+
+@pytest.mark.parametrize(("step", "rounds"), [(2, 3), (3, 2), (5, 1), (9, 1)])
+def test_a_loop_that_the_compiler_has_unrolled_runs_less_often(step: int, rounds: int) -> None:
+    """From 2 to 7 by more than one at a time, as collective matmuls count; and with the operands the other way."""
+    unrolled = TPU_LOOP.replace("s32[] constant(1)", f"s32[] constant({step})")
+    assert kernels(ProgramText(unrolled)) == {"block": rounds}
+    assert kernels(ProgramText(unrolled.replace("add(%i, %one)", "add(%one, %i)"))) == {"block": rounds}
 
 
 def test_what_another_core_is_given_is_counted() -> None:
@@ -72,14 +82,25 @@ ENTRY"""
         "  %copied ="
     )
     text = ProgramText(TPU_LOOP.replace("ENTRY", handed).replace("  %copied =", start))
-    assert {row.kind: (row.type, row.count) for row in collectives(text)} == {
+    assert {row.kind: (row.type, row.count) for row in collectives(text, {"sp": 8})} == {
         "all-gather": ("s32[1,64]", 1), "collective-permute": ("bf16[1,8,128]", 5),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("direction=LT", "direction=NE"), ("constant(7)", "parameter(1)"), ("ENTRY %main", "%main")],
+    [
+        ("direction=LT", "direction=NE"),
+        ("constant(7)", "parameter(1)"),
+        ("ENTRY %main", "%main"),
+        ("add(%i, %one)", "multiply(%i, %one)"),
+        ("add(%i, %one)", "add(%n, %one)"),
+        ("s32[] constant(1)", "s32[] constant(0)"),
+        (
+            "ROOT %t = (s32[], bf16[1,8,128]{2,1,0}, s32[]) tuple",
+            "ROOT %t = (s32[], bf16[1,8,128]{2,1,0}, s32[]) fusion",
+        ),
+    ],
 )
 def test_what_cannot_be_counted_is_refused(old: str, new: str) -> None:
     with pytest.raises(ProgramTextError):
@@ -111,5 +132,43 @@ def test_nested_loops_of_a_real_program() -> None:
 
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("sp"), out_specs=P("sp"), check_vma=False))
     text = ProgramText(run.lower(jnp.zeros((32, 4), jnp.float32)).compile().as_text())
-    found = {row.kind: (row.bytes, row.count) for row in collectives(text)}
-    assert found == {"collective-permute": (128, 18), "all-gather": (512, 6)}
+    found = {row.kind: (row.bytes, row.count, row.sent) for row in collectives(text, {"sp": 4})}
+    assert found == {"collective-permute": (128, 18, 128), "all-gather": (512, 6, 384)}
+
+
+def test_axes_and_bytes_sent_of_a_real_program() -> None:
+    """Two rows of two devices and 32 bytes each: what is sent follows from what each collective is."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "tp"))
+
+    def local(x: jax.Array) -> jax.Array:
+        both = lax.psum(x * 3, ("dp", "tp"))
+        rows, columns = lax.psum_scatter(x, "dp", tiled=True), lax.all_gather(x * 2, "tp", tiled=True)
+        return both + lax.ppermute(x, "tp", [(0, 1)]) + rows.sum() + columns.sum()
+
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(("dp", "tp")), out_specs=P(("dp", "tp"))))
+    text = ProgramText(run.lower(jnp.zeros((32,), jnp.float32)).compile().as_text())
+    found = {row.kind: (row.axes, row.sent) for row in collectives(text, mesh.shape)}
+    assert found["all-reduce"] == (("dp", "tp"), 2 * 32 * 3 // 4)
+    assert found["reduce-scatter"] == (("dp",), 16)
+    assert found["all-gather"] == (("tp",), 32)
+    assert found["collective-permute"] == (("tp",), 16)  # every other device sends
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "mesh['a'=2,'b'=2,'c'=2] {'a'}",
+     "mesh['a'=2,'b'=1,'c'=4], device_ids=([8]) {'a'}", "mesh['c'=4,'a'=2], device_ids=([2,4]T(1,0)) {'a'}"],
+)  # fmt: skip
+def test_groups_are_read_in_every_way_of_writing_them(written: str) -> None:
+    one = Instruction("g", "f32[8]", "all-gather", (), f", channel_id=1, replica_groups={written}, dimensions={{0}}")
+    assert sorted(groups(one, 8).tolist()) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert served(groups(one, 8), {"dp": 1, "fsdp": 2, "tp": 2, "sp": 2}) == ("fsdp",)
+
+
+def test_groups_of_all_devices_and_of_none_that_can_be_read() -> None:
+    whole, unknown = (
+        Instruction("g", "f32[8]", "all-reduce", (), f", replica_groups={text}, to_apply=%sum") for text in ("{}", "V3")
+    )
+    assert groups(whole, 4).tolist() == [[0, 1, 2, 3]] and served(groups(whole, 4), {"dp": 2, "tp": 2}) == ("dp", "tp")
+    with pytest.raises(ProgramTextError, match="the devices of 'g' cannot be read"):
+        groups(unknown, 4)

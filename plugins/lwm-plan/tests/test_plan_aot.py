@@ -25,8 +25,9 @@ MADE_UP = CompiledStep(
     "", 256, "TPU v4", 41.6, limit_bytes=30 * GIB, argument_bytes=GIB, temporary_bytes=11 * GIB, output_bytes=3 * 2**20,
     code_bytes=61 * 2**20, kernels={"forward": 32}, choices=("attention ring",),
     collectives=(
-        Collective("reduce-scatter", "f32[4]", 40 * GIB, 2), Collective("all-gather", "bf16[8]", 3 * GIB, 5),
-        Collective("reduce-scatter", "f32[2]", GIB, 7),
+        Collective("reduce-scatter", "f32[4]", 40 * GIB, 2, ("tp",), 30 * GIB),
+        Collective("all-gather", "bf16[8]", 3 * GIB, 5, ("fsdp", "sp"), 2 * GIB),
+        Collective("reduce-scatter", "f32[2]", GIB, 7, ("tp",), GIB // 2), Collective("all-reduce", "f32[1]", 8, 1),
     ),
 )  # fmt: skip
 TOTAL = 12 * GIB + 64 * 2**20
@@ -78,9 +79,14 @@ def test_the_table_has_the_compilers_memory_beside_the_plans(lwm: Run, trainer: 
         in out
     )
     assert "largest: 3G" not in out
-    assert "32K: transfers compiled: reduce-scatter 87.00 GiB in 9, all-gather 15.00 GiB in 5" in out
-    assert re.search(
-        r"32K: transfers planned: stream over tp [\d.]+ GiB, parameters over fsdp [\d.]+ GiB; gathers", out
+    assert (
+        "32K: transfers compiled: reduce-scatter 87.00 GiB in 9, all-gather 15.00 GiB in 5, all-reduce 0.0 MiB" in out
+    )
+    assert re.search(r"32K: transfers planned: stream over tp [\d.]+ GiB, parameters over fsdp [\d.]+ GiB\n", out)
+    stream, parameters = (one.bytes / GIB for one in planned("32K").timing.transfers)
+    assert (
+        f"32K: sent over axes, planned | compiled: tp {stream:.2f} GiB | 63.50 GiB, fsdp {parameters:.2f} GiB | 0.00 "
+        "GiB, fsdp+sp 0.00 GiB | 10.00 GiB\n" in out
     )
     assert f"{TOTAL / GIB:.2f} GiB of 30.00 GiB" in out and "| 11.00 GiB" in out and "| 1.00 GiB" in out
     assert err.splitlines() == [f"compiled {name} for v4:8x8x4 in 42 s" for name in ("32K", "128K")]
@@ -98,10 +104,15 @@ def test_json_has_both_sides_and_they_add_up(lwm: Run, trainer: StandIn) -> None
     assert found["parts"]["parameters, optimizer and batch"]["planned"] == 3 * mine.parameters + mine.batch
     assert found["sent"] == {
         "reduce-scatter": {"count": 9, "bytes": 87 * GIB}, "all-gather": {"count": 5, "bytes": 15 * GIB},
+        "all-reduce": {"count": 1, "bytes": 8},
     }  # fmt: skip
-    assert [(c["kind"], c["type"], c["bytes"], c["count"]) for c in found["collectives"]] == [
-        (c.kind, c.type, c.bytes, c.count) for c in MADE_UP.collectives
+    assert [(c["kind"], c["type"], c["bytes"], c["count"], c["axes"], c["sent"]) for c in found["collectives"]] == [
+        (c.kind, c.type, c.bytes, c.count, list(c.axes), c.sent) for c in MADE_UP.collectives
     ]
+    assert found["axes"]["tp"]["compiled"] == 63.5 * GIB and found["axes"]["fsdp+sp"]["compiled"] == 10 * GIB
+    assert {axes: side["planned"] for axes, side in found["axes"].items()} == {
+        t["axis"]: t["bytes"] for t in one["hides"]
+    }
     assert found["kernels"] == {"forward": 32} and found["choices"] == ["attention ring"]
 
 
@@ -192,6 +203,5 @@ def test_the_real_compiler_stands_beside_the_plan() -> None:
     assert done.returncode == 0, done.stderr
     (one,) = json.loads(done.stdout)["stages"]
     assert abs(one["compiled"]["off"]) < 0.15
-    assert one["compiled"]["planned_gathered_bytes"] == pytest.approx(
-        one["compiled"]["sent"]["all-gather"]["bytes"], rel=0.05
-    )
+    stream = one["compiled"]["axes"]["tp"]
+    assert stream["planned"] == pytest.approx(stream["compiled"], rel=0.05)

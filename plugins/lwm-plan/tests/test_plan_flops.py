@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from plan_cases import llama, stage
 
-from lwm_plan.hardware import read_machine
+from lwm_plan.hardware import ATTENTION_SHARE, read_machine
 from lwm_plan.job import Job, place
 from lwm_plan.stage_plan import evaluate
-from lwm_plan.timing import ATTENTION_SHARE, executed_matrix_flops, model_flops
+from lwm_plan.timing import executed_matrix_flops, model_flops
 
 ROWS, SEQ_LEN = 2, 256
 

@@ -10,7 +10,7 @@ from plan_cases import llama, stage
 from lwm_core.errors import UsageError
 from lwm_plan.hardware import DEVICES, EXAMPLES, machine_name, read_machine
 from lwm_plan.job import Job, place
-from lwm_plan.timing import link
+from lwm_plan.transfers import link
 
 
 @pytest.mark.parametrize(

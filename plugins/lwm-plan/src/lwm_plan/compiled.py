@@ -1,8 +1,8 @@
 """``--aot``: what the devices' own compiler says of a stage's step, beside what is planned.
 
-A trainer that compiles ahead (``lwm_core.protocols.CompilesAhead``) gives memory a device, and transfers by kind and
-type. The compiler does not say which axis a transfer serves, and may turn a gather into a ring of permutes, so that the
-planner's axes and its kinds stand beside each other; only gathers are held against each other.
+A trainer that compiles ahead (``lwm_core.protocols.CompilesAhead``) gives memory a device, and transfers by kind, type
+and axes. The compiler may turn a gather or a sum into a ring of permutes, so that kinds cannot be held against the
+plan, but what a device sends over an axis can.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lwm_core.protocols import CompiledStep, CompilesAhead, Stage
 from lwm_plan.hardware import Machine
 from lwm_plan.sources import Source
 from lwm_plan.stage_plan import Evaluated, evaluate
-from lwm_plan.timing import gathers
+from lwm_plan.transfers import by_axes
 
 GIB = 2**30
 
@@ -82,15 +82,17 @@ def sent(step: CompiledStep) -> dict[str, tuple[int, int]]:
     return dict(sorted(kinds.items(), key=lambda kind: -kind[1][1]))
 
 
-def gathered(found: Evaluated) -> float:
-    """Bytes that the planned gathers give a device, as a compiler counts them: with the part that was there before.
+def over_axes(found: Evaluated, step: CompiledStep) -> dict[str, tuple[float, int]]:
+    """Bytes that a device sends in a step by the axes that they go over: (planned, compiled); the planned axes first.
 
-    Of the stream's transfers some gather and some scatter; of the parameters' three, two gather.
+    Empty where the trainer does not tell axes.
     """
-    size = {one.what: one.bytes for one in found.timing.transfers}
-    tp, sharing, (gather, scatter) = found.placed.sizes["tp"], found.placed.sharing, gathers(found.placed)
-    stream = size["stream"] * gather / (gather + scatter) * tp / (tp - 1) if tp > 1 else 0.0
-    return stream + (size["parameters"] * 2 / 3 * sharing / (sharing - 1) if sharing > 1 else 0.0)
+    theirs: defaultdict[str, int] = defaultdict(int)
+    for one in step.collectives:
+        if one.axes:
+            theirs["+".join(one.axes)] += one.sent * one.count
+    mine = by_axes(found.timing.transfers) if theirs else {}
+    return {axes: (mine.get(axes, 0.0), theirs.get(axes, 0)) for axes in (*mine, *sorted(set(theirs) - set(mine)))}
 
 
 def off(found: Evaluated, step: CompiledStep) -> float:
@@ -110,12 +112,14 @@ def lines(found: Evaluated, step: CompiledStep) -> list[str]:
         f"{name} {_gib(mine)} | {_gib(theirs)}" for name, (mine, theirs) in sides(found, step).items() if mine or theirs
     )
     kinds = ", ".join(f"{name} {_gib(size)} in {count:,}" for name, (count, size) in sent(step).items())
-    axes = ", ".join(f"{one.what} over {one.axis} {_gib(one.bytes)}" for one in found.timing.transfers)
+    planned = ", ".join(f"{one.what} over {one.axis} {_gib(one.bytes)}" for one in found.timing.transfers)
+    axes = ", ".join(f"{name} {_gib(mine)} | {_gib(theirs)}" for name, (mine, theirs) in over_axes(found, step).items())
     return [
         f"{said}: {_gib(step.bytes)}{of}, planned {_gib(found.memory.total)} ({off(found, step):+.1%}); planned | "
         f"compiled: {parts}",
-        f"transfers planned: {axes or 'none'}; gathers give {_gib(gathered(found))}",
+        f"transfers planned: {planned or 'none'}",
         f"transfers compiled: {kinds or 'none'}",
+        *([f"sent over axes, planned | compiled: {axes}"] if axes else []),
     ]
 
 
@@ -130,15 +134,17 @@ def to_json(found: Evaluated | None, step: CompiledStep | None) -> dict[str, Any
         "bytes": step.bytes if fits else None, "off": off(found, step) if fits else None,
         "parts": _sides_json(sides(found, step)) if fits else None,
         "sent": {kind: {"count": count, "bytes": size} for kind, (count, size) in sent(step).items()},
-        "planned_gathered_bytes": gathered(found), "kernels": dict(step.kernels), "choices": list(step.choices),
+        "axes": _sides_json(over_axes(found, step)), "kernels": dict(step.kernels), "choices": list(step.choices),
         "collectives": [
-            {"kind": one.kind, "type": one.type, "bytes": one.bytes, "count": one.count} for one in step.collectives
+            {"kind": one.kind, "type": one.type, "bytes": one.bytes, "count": one.count, "axes": list(one.axes),
+             "sent": one.sent}
+            for one in step.collectives
         ],
     }  # fmt: skip
     return facts
 
 
-def _sides_json(parts: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+def _sides_json(parts: Mapping[str, tuple[float, int]]) -> dict[str, dict[str, float]]:
     return {name: {"planned": mine, "compiled": theirs} for name, (mine, theirs) in parts.items()}
 
 

@@ -62,10 +62,10 @@ def _time(found: Evaluated) -> list[str]:
     placed, time, machine = found.placed, found.timing, found.machine
     device, stage = machine.device, placed.stage
     lines = [
-        f"matrices = the longer of FLOP / {placed.devices} / ({t.MATRIX_SHARE}·{device.peak_flops:.4g}) and what HBM "
-        f"of {device.memory_bandwidth:.4g} B/s moves ({t.STREAM_PASSES} streams a layer, its parameters 4 times) = "
-        f"{time.matrices:.4g} s",
-        f"attention = L · {found.cost.compute:.4g} s a layer at {t.ATTENTION_SHARE} of the peak = "
+        f"matrices = the longer of FLOP / {placed.devices} / ({device.matrix_share:g}·{device.peak_flops:.4g}) and "
+        f"what HBM of {device.memory_bandwidth:.4g} B/s moves ({t.STREAM_PASSES} streams a layer, its parameters 4 "
+        f"times) = {time.matrices:.4g} s",
+        f"attention = L · {found.cost.compute:.4g} s a layer at {device.attention_share:g} of the peak = "
         f"{time.attention:.4g} s",
         f"update = {t.OPTIMIZER_PASSES} · parameters / HBM = {time.update:.4g} s",
         *(

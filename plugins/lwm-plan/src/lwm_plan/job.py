@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any, cast
 
 from lwm_core.attention_cost import AttentionShape, repeated_kv_heads
@@ -145,6 +146,15 @@ class Placed:
         )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def _sizes(mesh: str, devices: int) -> Mapping[str, int] | None:
+    """Of a mesh on so many devices; none where it does not fit them. A search asks of each many times."""
+    try:
+        return MappingProxyType(resolve_mesh(mesh, devices))
+    except ValueError:  # ShapeError is one
+        return None
+
+
 def place(job: Job, stage: Stage, devices: int, mesh: str | None = None) -> Placed:
     """``stage`` on ``devices``, laid out by its own mesh or by ``mesh``.
 
@@ -152,10 +162,11 @@ def place(job: Job, stage: Stage, devices: int, mesh: str | None = None) -> Plac
         ShapeError: the mesh, the rows, the heads or the length do not divide.
     """
     text = mesh or stage.mesh
-    misfit = first_misfit([replace(stage, mesh=text)], devices)
-    if misfit is not None:
+    sizes = _sizes(text, devices)
+    if sizes is None or (stage.rows // stage.accumulate) % data_ranks(sizes):
+        misfit = first_misfit([replace(stage, mesh=text)], devices)
+        assert misfit is not None
         raise ShapeError(misfit[1])
-    sizes = resolve_mesh(text, devices)
     try:
         repeated_kv_heads(job.model.num_heads, job.model.num_kv_heads, sizes["tp"])
     except UnsupportedError as error:

@@ -81,7 +81,7 @@ def plan_stage(job: Job, stage: Stage, machine: Machine, index: int = 0, free: b
         problem = _too_much(chosen)
     best = found if found is not None and found.fits else None
     ways = ways_out(job, stage, machine, index) if problem is not None else ()
-    return StagePlan(job, stage, chosen, best, _why(chosen, best), problem, ways, warnings(job, stage, chosen))
+    return StagePlan(job, stage, chosen, best, _why(chosen, best), problem, ways, warnings(job, stage, machine, chosen))
 
 
 def _too_much(found: Evaluated) -> str | None:

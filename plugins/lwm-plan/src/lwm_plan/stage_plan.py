@@ -84,7 +84,10 @@ def evaluate(job: Job, stage: Stage, machine: Machine, mesh: str | None = None) 
         ShapeError: the mesh does not divide.
         UnsupportedError: the strategy does not go with the heads.
     """
-    placed = place(job, stage, machine.devices, mesh)
+    return _evaluated(place(job, stage, machine.devices, mesh), machine)
+
+
+def _evaluated(placed: Placed, machine: Machine) -> Evaluated:
     cost, reasons = attention_cost(placed, machine, GATHERED_SHARE * machine.device.memory)
     return Evaluated(placed, cost, memory(placed, cost), timing(placed, cost, machine), reasons, machine)
 
@@ -119,9 +122,10 @@ def tried(job: Job, stage: Stage, machine: Machine, room: float | None = None) -
     found = []
     for mesh in meshes(job, stage, machine.devices):
         try:
-            if limit is not None and least(place(free, stage, machine.devices, mesh)) > limit:
+            placed = place(free, stage, machine.devices, mesh)
+            if limit is not None and least(placed) > limit:
                 continue
-            one = evaluate(free, stage, machine, mesh)
+            one = _evaluated(placed, machine)
         except LwmError:
             continue  # heads or length do not divide over this one
         if limit is None or one.memory.total <= limit:
@@ -165,7 +169,7 @@ def _of_mesh(job: Job, chosen: Evaluated) -> list[str]:
     return found
 
 
-def warnings(job: Job, stage: Stage, chosen: Evaluated | None) -> tuple[str, ...]:
+def warnings(job: Job, stage: Stage, machine: Machine, chosen: Evaluated | None) -> tuple[str, ...]:
     """All that should be known about a stage besides its figures."""
     found = [rope_warning(stage.rope, job.model.head_dim, stage.seq_len)]
     if job.trainer != "jax":
@@ -174,7 +178,7 @@ def warnings(job: Job, stage: Stage, chosen: Evaluated | None) -> tuple[str, ...
         found.append(f"remat {job.remat!r}: counted by the code, not held against a compiler")
     if job.model.num_kv_heads != job.model.num_heads:
         found.append("grouped-query heads: memory was held against one compiled step alone")
-    if job.element_bytes != BFLOAT16:
+    if job.element_bytes != BFLOAT16 and not machine.device.measured:
         found.append("compute_dtype is not bfloat16: the times are those of bfloat16 products")
     if job.remat == "offload":
         found.append("remat 'offload': the time to and from the host's memory is not in the step")

@@ -2,7 +2,7 @@
 arithmetic hides.
 
 A roofline is a bound from below: stalls, imbalance of documents, input and host are not in it. The shares of the peak
-are assumptions, stated here, printed by ``--explain``.
+are assumptions (``hardware.py``) or, of a machine that a file describes, measured; ``--explain`` prints them.
 
 Shapes: T a device's tokens of a micro-batch, E hidden size, H query heads, D head dim, L layers, V vocabulary.
 """
@@ -24,11 +24,8 @@ from lwm_core.model import training_flops_per_token
 from lwm_plan.hardware import Machine
 from lwm_plan.job import Placed, part
 from lwm_plan.memory import FLOAT, parameter_bytes, units
+from lwm_plan.transfers import RECOMPUTED, Transfer, link, transfers
 
-MATRIX_SHARE = 0.75
-"""Of the peak, what matrix products reach: MaxText's dense models train at 65% MFU on v5p, transfers included."""
-ATTENTION_SHARE = 0.5
-"""Of the peak, what attention kernels reach, as the trainers assume when they choose a strategy."""
 HIDDEN = 0.01
 """Of the step: what may be exposed of a transfer that is said to hide."""
 STREAM_PASSES = 60
@@ -36,28 +33,6 @@ STREAM_PASSES = 60
 OPTIMIZER_PASSES = 8
 """Times that the optimizer goes over the parameters: reads them, their gradients (twice, for the norm) and two moments,
 and writes parameters and moments."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """What one axis sends in a step.
-
-    Args:
-        axis: of the mesh, or several.
-        what: ``attention``: keys and values, or heads; ``stream``: gathered and summed over ``tp``; ``parameters``:
-            gathered, their gradients scattered; ``copies``: gradients of parameters that are not shared out.
-        bytes: that a device sends.
-        seconds: that takes alone.
-        exposed: seconds of it that no arithmetic hides.
-        hides: whether what is exposed is less than :data:`HIDDEN` of the step.
-    """
-
-    axis: str
-    what: str
-    bytes: float
-    seconds: float
-    exposed: float
-    hides: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,16 +59,6 @@ class Timing:
         return self.matrices + self.attention + self.update + sum(one.exposed for one in self.transfers)
 
 
-def link(placed: Placed, machine: Machine, axis: str) -> float:
-    """Bytes a second in one direction along ``axis``: the last axes of a mesh lie within an island of GPUs."""
-    order = ("sp", "tp", "fsdp", "dp")
-    span = 1
-    for inner in order[: order.index(axis) + 1]:
-        span *= placed.sizes[inner]
-    device = machine.device
-    return device.link if not device.island or span <= device.island else device.network
-
-
 def attention_cost(placed: Placed, machine: Machine, free: float | None = None) -> tuple[StrategyCost, tuple[str, ...]]:
     """One layer's attention by the strategy that the job names, or by the cheapest; and why.
 
@@ -105,7 +70,7 @@ def attention_cost(placed: Placed, machine: Machine, free: float | None = None) 
         ShapeError: ``inner`` does not divide ``sp``.
     """
     job, ranks = placed.job, placed.sizes["sp"]
-    rates = MachineRates(ATTENTION_SHARE * machine.device.peak_flops, link(placed, machine, "sp"))
+    rates = MachineRates(machine.device.attention_share * machine.device.peak_flops, link(placed, machine, "sp"))
     if ranks == 1:
         return strategy_cost("ring", placed.shape, 1, rates, job.layout), ("one device holds the whole sequence",)
     if job.strategy == "auto":
@@ -119,7 +84,7 @@ def recomputed_elements(placed: Placed) -> int:
     """Matrix elements of a layer on a device that are multiplied again on the way back: all but the last product of a
     layer, whose result nothing on the way back needs; with no policy, those after attention, in slices of tokens."""
     elements = placed.job.matrix_elements(placed.sizes["tp"])
-    if placed.job.remat in ("full", "attention", "offload"):
+    if placed.job.remat in RECOMPUTED:
         return sum(elements.values()) - elements["down_proj"]
     if placed.job.token_chunk:
         return elements["o_proj"] + elements["gate_proj"] + elements["up_proj"]
@@ -154,60 +119,13 @@ def timing(placed: Placed, cost: StrategyCost, machine: Machine) -> Timing:
     layer_bytes = sum(job.matrix_elements(placed.sizes["tp"]).values()) * FLOAT
     traffic = layers * micro * (STREAM_PASSES * stream + 4 * layer_bytes)
     matrices = max(
-        matrix_flops / placed.devices / (MATRIX_SHARE * device.peak_flops), traffic / device.memory_bandwidth
+        matrix_flops / placed.devices / (device.matrix_share * device.peak_flops), traffic / device.memory_bandwidth
     )
     update = OPTIMIZER_PASSES * parameter_bytes(placed) / device.memory_bandwidth
-    executed = matrix_flops + attention * ATTENTION_SHARE * device.peak_flops * placed.devices
+    executed = matrix_flops + attention * device.attention_share * device.peak_flops * placed.devices
     found = Timing(
         model_flops(placed), executed, matrices, attention, update,
         transfers(placed, cost, machine, matrices, attention),
     )  # fmt: skip
     marked = tuple(replace(one, hides=one.exposed <= HIDDEN * found.seconds) for one in found.transfers)
     return replace(found, transfers=marked)
-
-
-def gathers(placed: Placed) -> tuple[int, int]:
-    """How often a layer gathers the stream over ``tp``, and how often it scatters sums of it.
-
-    Forward the stream is gathered before the projections and before the feed-forward, and scattered after each;
-    recomputation does the same but for the last sum; backward each turns into the other.
-    """
-    again = placed.job.remat in ("full", "attention", "offload")
-    return (6, 5) if again else (4, 4)
-
-
-def transfers(
-    placed: Placed, cost: StrategyCost, machine: Machine, matrices: float, attention: float
-) -> tuple[Transfer, ...]:
-    """What each axis sends, and how much of it the arithmetic that stands beside it leaves exposed."""
-    job, sizes = placed.job, placed.sizes
-    layers, micro, device = job.model.num_layers, placed.stage.accumulate, machine.device
-    both = device.both_ways / device.link
-
-    def made(axis: str, what: str, sent: float, beside: float) -> Transfer:
-        seconds = sent / (both * link(placed, machine, axis.split("+")[0]))
-        return Transfer(axis, what, sent, seconds, max(0.0, seconds - beside))
-
-    found = []
-    if sizes["sp"] > 1:
-        sent = layers * micro * cost.sent
-        again = 1.0 if job.remat != "full" else 1.25  # forward sends a quarter of it once more
-        seconds = sent / link(placed, machine, "sp")
-        found.append(Transfer("sp", "attention", again * sent, again * seconds,
-                              again * layers * micro * cost.exposed))  # fmt: skip
-    if sizes["tp"] > 1:
-        full = placed.tokens * job.model.hidden_size * job.element_bytes * (sizes["tp"] - 1) / sizes["tp"]
-        sent = layers * micro * sum(gathers(placed)) * full
-        found.append(made("tp", "stream", sent, matrices))
-    if placed.sharing > 1:
-        # Gathered forward and backward, gradients scattered once: in float32.
-        share = (placed.sharing - 1) / placed.sharing
-        layer = sum(job.matrix_elements(sizes["tp"]).values()) * FLOAT * share
-        axes = [axis for axis in ("dp", "fsdp", "sp") if axis in job.shard_parameters and sizes[axis] > 1]
-        found.append(made("+".join(axes), "parameters", 3 * layers * micro * layer, matrices + attention))
-    copies = placed.devices // sizes["tp"] // placed.sharing
-    if copies > 1:
-        axes = [axis for axis in ("dp", "fsdp", "sp") if axis not in job.shard_parameters and sizes[axis] > 1]
-        sent = 2 * parameter_bytes(placed) * (copies - 1) / copies
-        found.append(made("+".join(axes), "copies", sent, 0.0))  # they are whole when nothing is left to do
-    return tuple(found)

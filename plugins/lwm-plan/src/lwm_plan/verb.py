@@ -27,8 +27,8 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="a recipe (lwm recipes), a .toml file, or with --to the folder of a Llama (config.json)",
     )  # fmt: skip
     parser.add_argument(
-        "--hardware", metavar="NAME",
-        help=f"such as v4-512, v6e-256, tpu7x-128, h100x64, or a topology, v5p:8x8x4 (default: {DEFAULT})",
+        "--hardware", metavar="NAME|FILE",
+        help=f"such as v4-512, v6e-256, tpu7x-128, h100x64, a topology, v5p:8x8x4, a .toml file (default: {DEFAULT})",
     )  # fmt: skip
     parser.add_argument(
         "--aot", metavar="TOPOLOGY",
@@ -51,7 +51,7 @@ def run_plan(args: argparse.Namespace) -> int:
     import sys
 
     from lwm_core.errors import UsageError
-    from lwm_plan.hardware import read_machine, read_topology
+    from lwm_plan.hardware_file import read_hardware, read_topology
     from lwm_plan.plan import plan, to_json
     from lwm_plan.sources import read_source
 
@@ -63,7 +63,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.source is None:
         raise UsageError("lwm plan: name a recipe (lwm recipes), a file, or a model's folder with --to")
     compiles = args.aot is not None
-    machine = read_topology(args.aot, args.hardware) if compiles else read_machine(args.hardware or DEFAULT)
+    machine = read_topology(args.aot, args.hardware) if compiles else read_hardware(args.hardware or DEFAULT)
     source = read_source(args.source, args.overrides, args.to, args.tokens, args.batch_tokens)
     _check_names(args.stage, source)
     stages = plan(source, machine, tuple(args.stage), _compiled(args, source, machine))

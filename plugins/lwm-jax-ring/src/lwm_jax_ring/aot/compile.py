@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from lwm_core.protocols import Collective, CompiledStep, Stage, TrainerContext
+from lwm_jax_ring.aot.axes import groups, sent_bytes, served
 from lwm_jax_ring.aot.program_text import Instruction, ProgramText, array_bytes
 from lwm_jax_ring.aot.topology import topology_devices, usable_memory
 from lwm_jax_ring.aot.values import largest_values
@@ -75,7 +77,7 @@ def compile_stage(
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         host_bytes=memory.host_temp_size_in_bytes,
-        collectives=collectives(text),
+        collectives=collectives(text, program.mesh.shape),
         kernels=kernels(text),
         choices=tuple(f"attention {reason}" for reason in program.attention.reasons),
     )
@@ -109,20 +111,33 @@ def traced(program: StageProgram, network: Network, modalities: tuple[str, ...])
     return step, [leaf.sharding for leaf in jax.tree.leaves(given)]
 
 
-def collectives(text: ProgramText) -> tuple[Collective, ...]:
-    """Transfers between devices: of one kind and type together, the most bytes first."""
-    found: dict[tuple[str, str], int] = defaultdict(int)
+def collectives(text: ProgramText, sizes: Mapping[str, int]) -> tuple[Collective, ...]:
+    """Transfers between devices: of one kind, type and axes together, the most bytes first.
+
+    A product that waits for a gather, or makes what is scattered, may run as a loop whose rounds pass one part on and
+    multiply another (*collective matmul*); what such a loop passes on are permutes.
+
+    Args:
+        text: the compiled program.
+        sizes: of the mesh's axes, as the program numbers its devices.
+    """
+    devices = prod(sizes.values())
+    found: dict[tuple[str, str, int, tuple[str, ...], int], int] = defaultdict(int)
     for one, computation, times in text.executed():
         kind = one.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
         if computation.name.startswith("all-reduce-scatter"):  # how a TPU fuses a sum with the slice that is kept of it
             kind = "reduce-scatter"
-        given = [computation.instructions[name].type for name in one.operands]
+        given = ", ".join(computation.instructions[name].type for name in one.operands)
         got = [] if one.opcode.endswith("-start") else [one.type]  # a start's type holds both sides
-        largest = max(", ".join(given), *got, key=array_bytes) if got else ", ".join(given)
-        found[kind, plain_type(largest)] += times
-    rows = [Collective(kind, shape, array_bytes(shape), times) for (kind, shape), times in found.items()]
+        largest = plain_type(max(given, *got, key=array_bytes) if got else given)
+        joined = groups(one, devices)
+        sent = sent_bytes(kind, array_bytes(given), joined, devices)
+        found[kind, largest, array_bytes(largest), served(joined, sizes), sent] += times
+    rows = [
+        Collective(kind, shape, size, times, axes, sent) for (kind, shape, size, axes, sent), times in found.items()
+    ]
     return tuple(sorted(rows, key=lambda row: -row.bytes * row.count))
 
 

@@ -1,7 +1,8 @@
 """Reads what a compiler has made of a program: which instructions run, how often, and in which order.
 
 XLA prints a scheduled module: one computation after the other, each a list of instructions in the order in which they
-are issued. Loops count up from a constant to a constant, so that how often an instruction runs follows from the text.
+are issued. Loops count up from a constant to a constant by a constant, so that how often an instruction runs follows
+from the text.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _OPCODE = re.compile(r"^([\w\-]+)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"\b(condition|body|to_apply|calls|branch_computations|true_computation|false_computation)=")
+_INDEX = re.compile(r"\bindex=(\d+)")
 CALLS = ("call", "call-start")
 """Opcodes that run what they name by ``to_apply``; a TPU's SparseCores are given collectives by ``call-start``."""
 
@@ -66,6 +68,14 @@ def _balanced(text: str) -> int:
         if depth == 0 and char == " ":
             return at
     return len(text)
+
+
+def _origin(computation: Computation, name: str) -> Instruction:
+    """Where a value comes from, past what only moves it."""
+    one = computation.instructions[name]
+    while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        one = computation.instructions[one.operands[0]]
+    return one
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -147,7 +157,8 @@ class ProgramText:
                     self._count(called, times)
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int:
-        """How often the body of ``loop`` runs, from its condition ``counter < limit`` and where the counter starts.
+        """How often the body of ``loop`` runs: from its condition ``counter < limit``, where the counter starts, and
+        what a round adds to it, which is more than one where the compiler has unrolled the body.
 
         Raises:
             ProgramTextError: the loop is not a counted one.
@@ -164,19 +175,31 @@ class ProgramText:
         if test.opcode != "compare" or direction is None or direction[1] != "LT" or len(test.operands) != 2:
             raise ProgramTextError(f"compiled program: loop {loop.name!r} has no condition of the form i < n")
         start, limit = (self._constant(computation, loop, condition, operand) for operand in test.operands)
-        return max(0, limit - start)
+        return max(0, -(-(limit - start) // self._step(loop, condition.instructions[test.operands[0]])))
+
+    def _step(self, loop: Instruction, counter: Instruction) -> int:
+        """What a round of ``loop`` adds to ``counter``, an element of what the condition is given."""
+        index = _INDEX.search(counter.rest)
+        body = self.computations[loop.called("body")[0]]
+        if index is None or body.root.opcode != "tuple":
+            raise ProgramTextError(f"compiled program: the next value of loop {loop.name!r}'s counter cannot be read")
+        following = _origin(body, body.root.operands[int(index[1])])
+        added = [_origin(body, name) for name in following.operands]
+        steps = [int(found[1]) for one in added if (found := re.fullmatch(r"\((\d+)\)", one.rest))]
+        kept = [found[1] for one in added if (found := _INDEX.search(one.rest))]
+        if following.opcode != "add" or kept != [index[1]] or len(steps) != 1 or not steps[0]:
+            raise ProgramTextError(f"compiled program: loop {loop.name!r} does not count up by a constant")
+        return steps[0]
 
     def _constant(self, outer: Computation, loop: Instruction, condition: Computation, name: str) -> int:
         """Value of an operand of a loop's condition before the first round."""
         one = condition.instructions[name]
         if one.opcode == "get-tuple-element":
-            index = re.search(r"index=(\d+)", one.rest)
+            index = _INDEX.search(one.rest)
             initial = outer.instructions[loop.operands[0]]
             if index is None or initial.opcode != "tuple":
                 raise ProgramTextError(f"compiled program: the first values of loop {loop.name!r} cannot be read")
-            one = outer.instructions[initial.operands[int(index[1])]]
-            while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-                one = outer.instructions[one.operands[0]]
+            one = _origin(outer, initial.operands[int(index[1])])
         value = re.fullmatch(r"\((-?\d+)\)", one.rest)
         if one.opcode != "constant" or value is None:
             raise ProgramTextError(f"compiled program: loop {loop.name!r} does not count between constants")
