@@ -25,7 +25,7 @@ from lwm_core.errors import LwmError, UsageError
 
 HERE = Path(__file__).parent
 RESULT = HERE.parents[1] / "docs" / "benchmarks" / "reading.json"
-SIDES, TASKS = ("jax", "torch"), ("prefill", "score")
+PARTS = ("jax-prefill", "jax-score", "torch-prefill", "torch-score")
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,28 @@ def run(side: str, task: str, tokens: int) -> dict[str, Any]:
     return found
 
 
-def measured(case: Case, console: Console) -> Iterator[dict[str, Any]]:
-    """A row for each side, task and length."""
-    for side in SIDES:
-        for task in TASKS:
-            for tokens in case.lengths:
-                found = run(side, task, tokens)
-                grown = (found["most"] - found["before"]) / tokens
-                console.print(
-                    f"[dim]{side}, {task}, {tokens:,} tokens: {found['most'] / 1e9:.2f} GB at most, "
-                    f"{grown / 1e3:.1f} KB a token, {found['seconds']:.0f} s[/dim]", highlight=False,
-                )  # fmt: skip
-                yield {"side": side, "task": task, "tokens": tokens, **found}
+def measured(case: Case, only: str | None, console: Console) -> Iterator[dict[str, Any]]:
+    """A row for each side, task and length; of one side and task where ``only`` names them."""
+    for name in PARTS if only is None else (only,):
+        side, task = name.split("-")
+        for tokens in case.lengths:
+            found = run(side, task, tokens)
+            grown = (found["most"] - found["before"]) / tokens
+            console.print(
+                f"[dim]{side}, {task}, {tokens:,} tokens: {found['most'] / 1e9:.2f} GB at most, "
+                f"{grown / 1e3:.1f} KB a token, {found['seconds']:.0f} s[/dim]", highlight=False,
+            )  # fmt: skip
+            yield {"side": side, "task": task, "tokens": tokens, **found}
 
 
-def measure(case: Case, console: Console) -> dict[str, Any]:
-    """The result as it is written."""
+def measure(case: Case, only: str | None, console: Console) -> dict[str, Any]:
+    """The result as it is written; what ``only`` leaves out is as it was kept."""
     machine = {**hardware(), "load_before": load()}
-    rows = list(measured(case, console))
+    rows = list(measured(case, only, console))
+    if only is not None:
+        old = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+        rows += [row for row in old if f"{row['side']}-{row['task']}" != only]
+        rows.sort(key=lambda row: PARTS.index(f"{row['side']}-{row['task']}"))
     return {
         "benchmark": "reading",
         "smoke": case == SMOKE,
@@ -125,10 +129,17 @@ def main(arguments: list[str]) -> int:
     """Measure, show, and write where it was asked for; the exit code."""
     parser = argparse.ArgumentParser(prog="nox -s bench -- reading", description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", metavar="N,N", help="numbers of tokens (16384 to 131072, each twice the last)")
+    parser.add_argument("--only", choices=PARTS, help="measure this anew, and keep the other figures as they are")
     add_output(parser, RESULT)
     given = parser.parse_args(arguments)
     return run_report(
-        Path(__file__), arguments, given, RESULT, lambda console: measure(choose_case(given), console), table, footnote
+        Path(__file__),
+        arguments,
+        given,
+        RESULT,
+        lambda console: measure(choose_case(given), given.only, console),
+        table,
+        footnote,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lwm_core.protocols import SamplingSpec
 from lwm_torch_ring.generate.batch import CAUSAL, Draw, Slots, every_rank, how_to_read
+from lwm_torch_ring.generate.memory import blocks_given_back
 from lwm_torch_ring.generate.prompts import Prompts, check_ids, ranks_of_row, reading
 from lwm_torch_ring.generate.session import TorchSession
 from lwm_torch_ring.model.loss import log_likelihoods
@@ -92,7 +93,7 @@ class TorchGenerator:
             return log_likelihoods(hidden, head, how.tp.mine(targets), slices, t.options.loss_chunk)
 
         rope = rope_tables(t.stage.rope, t.context.model.head_dim, slots.count, t.device)
-        with reading(t), t.gathering():
+        with reading(t), t.gathering(), blocks_given_back(t.device):
             of_ranks = every_rank(t.network(slots.mine(padded), slots.mine(places), rope, attend, how, tail))
         permuted = np.concatenate([of_ranks[rank][0] for rank in ranks_of_row(t, 0)])
         natural: NDArray[np.float32] = permuted[slots.inverse]
