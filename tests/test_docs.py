@@ -55,8 +55,11 @@ INLINE = sorted({word for page in PAGES for word in re.findall(r"(?<!`)`(lwm [^`
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a reader stands who wrote down the README's recipe and has a Llama."""
+    """The folder in which a reader stands who has a Llama and wrote down the README's recipe, and files with a name."""
     (tmp_path / "my-run.toml").write_text(next(text for page, text in RECIPES if page == "README.md"))
+    for _, text in TOML:
+        if named := re.match(r"# (\S+\.toml)\n", text):
+            (tmp_path / named[1]).write_text(text)
     (tmp_path / "my-llama").mkdir()
     llama = to_huggingface(preset("7b", Vocabulary(32_000)), RopeSpec(), 4096, "bfloat16")
     (tmp_path / "my-llama" / "config.json").write_text(json.dumps(llama))

@@ -192,7 +192,7 @@ def test_a_video_is_read_once_for_three_questions(
     assert f"{start} kept, 17 read anew in " in err.splitlines()[2]
 
 
-FEW, MANY = 12, 1000
+FEW, MANY = 60, 1000
 """Frames of a video that is talked about, every day and in ``nox -s long``: 257,000 tokens of LWM's 257 a frame."""
 
 
