@@ -51,3 +51,13 @@ def test_an_impossible_token_is_told_as_such() -> None:
 def test_too_short_a_text_has_no_bands() -> None:
     with pytest.raises(ValueError, match="1 tokens have no position to predict"):
         edges(1)
+
+
+@pytest.mark.parametrize(("rise", "scale"), [(1.0, "linear"), (2.0, "linear"), (2.5, "log")])
+def test_a_perplexity_that_rises_tenfold_is_drawn_over_a_logarithmic_axis(rise: float, scale: str) -> None:
+    """e² is less than 10, e^2.5 more; every band is within the axis."""
+    found = score(-1.0 - rise * (np.arange(4095) >= 2047), 100)
+    [axes] = perplexity_by_position(found, 2048).axes
+    assert axes.get_yscale() == scale
+    low, high = axes.get_ylim()
+    assert all(low < band.perplexity < high for band in found.bands)

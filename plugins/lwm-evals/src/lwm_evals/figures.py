@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from lwm_evals.score import Score
 
@@ -218,7 +218,10 @@ def curve(
 
 
 def perplexity_by_position(found: Score, trained: int) -> Figure:
-    """Perplexity of a text's tokens over their position in it; a dashed line marks the length trained at."""
+    """Perplexity of a text's tokens over their position in it; a dashed line marks the length trained at.
+
+    Where it rises tenfold, as it does far beyond what was trained, the axis is logarithmic, or the rest would lie flat.
+    """
     with rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 2.75), layout="constrained")
         axes = figure.add_subplot()
@@ -233,7 +236,14 @@ def perplexity_by_position(found: Score, trained: int) -> Figure:
                           xytext=(4, -8), textcoords="offset points", color=MUTED, fontsize=8.5)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set(xlim=(1, found.tokens), xlabel="position in the text, tokens", ylabel="perplexity")
-        axes.set_ylim(0, 1.15 * max((band.perplexity for band in bands), default=1.0))
+        found_at = [band.perplexity for band in bands] or [1.0]
+        if max(found_at) > 10 * min(found_at):
+            axes.set_yscale("log")
+            axes.set_ylim(0.7 * min(found_at), 1.6 * max(found_at))
+            axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 3.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        else:
+            axes.set_ylim(0, 1.15 * max(found_at))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(value)))
         axes.minorticks_off()
         _grid(axes)
