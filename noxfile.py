@@ -105,7 +105,9 @@ def kits(session: nox.Session) -> None:
     backends = [ROOT / "plugins" / name for name in ("lwm-jax-ring", "lwm-torch-ring")]
     session.install("-c", str(CONSTRAINTS), *editable(ROOT, *backends), *TEST_TOOLS)
     tests = [str(test) for backend in backends for test in sorted((backend / "tests").glob("test_*_kits.py"))]
-    session.run("pytest", *tests, *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | QUICKLY_COMPILED | {"LWM_KITS": "whole"})
+    session.run(
+        "pytest", *tests, *SIDE_BY_SIDE, *session.posargs, env=ON_CPU | QUICKLY_COMPILED | {"LWM_KITS": "whole"}
+    )
 
 
 @nox.session

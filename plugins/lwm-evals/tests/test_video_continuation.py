@@ -136,7 +136,8 @@ def test_what_cannot_be_continued_is_told(make: Any, encoder: Any, clip: NDArray
         with pytest.raises(error, match=words):
             suite.check(context)
 
-    refused(DataError, "there is no picture or video", path="nothing")
+    refused(DataError, "^video-continuation: .*nothing: there is no picture or video", path="nothing")
+    refused(DataError, "^video-continuation: lwm-no:a: lwm-no is not installed", path="lwm-no:a")
     refused(DataError, r"has 9 frames \(every = 1\), but 8 given and 2 written need 10", given=8)
     refused(
         DataError,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lwm_core.errors import ConfigError, DataError, ShapeError
+from lwm_core.packaged import locate
 from lwm_core.shards import Shards, open_shards
 from lwm_core.vocab import Vocabulary
 from lwm_data.captions import read_captions
@@ -40,7 +41,7 @@ def open_codes(options: VisionOptions, vocabulary: Vocabulary, base: Path, name:
         ShapeError: the model has no ids for its codes.
     """
     who = f"vision source {name!r}"
-    folder = base / Path(options.path).expanduser()
+    folder = locate(options.path, base)
     check_vocabulary(vocabulary, who)
     try:
         shards = open_shards(folder, verify=options.verify)
@@ -157,7 +158,7 @@ def clip_examples(
             if clip not in held_out
         ]
     else:
-        file = base / Path(options.captions).expanduser()
+        file = locate(options.captions, base)
         examples = _captioned(options, shards, numbers, held_out, file, who, set(empty))
     if not examples:
         but = f" but the {len(held_out)} that held_out keeps from training" if held_out else ""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lwm_core.errors import DataError, LwmError
+from lwm_core.packaged import locate
 from lwm_core.protocols import EvalSetup
 from lwm_core.shards import Shards, Video, open_shards
 
@@ -67,7 +68,7 @@ def open_clips(who: str, path: str | None, setup: EvalSetup) -> Clips:
             held out of none or of several.
     """
     try:
-        folder = _only_held_out(setup) if path is None else setup.base_dir / Path(path).expanduser()
+        folder = _only_held_out(setup) if path is None else locate(path, setup.base_dir)
         shards = open_shards(folder)
     except LwmError as error:
         raise DataError(f"{who}{error}") from None

@@ -6,6 +6,7 @@ Shapes: T frames [T,H,W,3] uint8, H = W = side.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,11 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
-from lwm_core.errors import DataError
+from lwm_core.errors import DataError, LwmError
 from lwm_core.frames import uniform_frames
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"})
+
+
+@contextmanager
+def told_by(suite: str) -> Iterator[None]:
+    """What is wrong with a file is told with the suite's name."""
+    try:
+        yield
+    except LwmError as error:
+        error.args = (f"{suite}: {error}",)
+        raise
 
 
 def find_files(path: Path) -> list[Path]:

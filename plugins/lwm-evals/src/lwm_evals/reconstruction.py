@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lwm_core.errors import LwmError, ShapeError
+from lwm_core.errors import ShapeError
 from lwm_core.frames import uniform_frames
+from lwm_core.packaged import locate
 from lwm_core.protocols import EvalContext, EvalSetup, VisionEncoder
 from lwm_evals.files import Row, write_atomically
 from lwm_evals.grid import beside, read_results
 from lwm_evals.options import ReconstructionOptions
 from lwm_evals.pictures import background, pictures
-from lwm_evals.read_frames import find_files, read_frames
+from lwm_evals.read_frames import find_files, read_frames, told_by
 from lwm_evals.similarity import WINDOW, psnr, ssim
-
-T = TypeVar("T")
 
 SHOWN, SHOWN_SIDE = 6, 192
 """Frames of the figure at most, and their side in pixels at most."""
@@ -63,8 +62,8 @@ class ReconstructionSuite:
                 "SSIM; leave the suite out"
             )
         if self.options.path is not None:
-            path = _path_of(self.options.path, setup)
-            _named(lambda: find_files(path))
+            with told_by("reconstruction"):
+                find_files(locate(self.options.path, setup.base_dir))
 
     def run(self, context: EvalContext) -> Sequence[Mapping[str, Any]]:
         """Measure, unless the same frames and encoder were measured before; the summary row has no stage.
@@ -95,8 +94,8 @@ class ReconstructionSuite:
 
     def _frames(self, context: EvalContext, side: int) -> tuple[NDArray[np.uint8], list[str]]:
         if self.options.path is not None:
-            path = _path_of(self.options.path, context)
-            return _named(lambda: read_frames(path, side, self.options.frames))
+            with told_by("reconstruction"):
+                return read_frames(locate(self.options.path, context.base_dir), side, self.options.frames)
         shapes, shown = pictures("shape", side)
         digits, figures = pictures("digit", side)
         random = np.random.default_rng(context.seed)
@@ -148,16 +147,3 @@ def side_by_side(frames: NDArray[np.uint8], made: NDArray[np.uint8]) -> bytes:
     buffer = BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _named(work: Callable[[], T]) -> T:
-    """What ``work`` gives; what is wrong with a file is told with the suite's name."""
-    try:
-        return work()
-    except LwmError as error:
-        error.args = (f"reconstruction: {error}",)
-        raise
-
-
-def _path_of(path: str, setup: EvalSetup) -> Path:
-    return setup.base_dir / Path(path).expanduser()

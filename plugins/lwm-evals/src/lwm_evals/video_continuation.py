@@ -23,12 +23,13 @@ from PIL import Image
 
 from lwm_core.errors import DataError, ShapeError
 from lwm_core.frames import vision_tokens
+from lwm_core.packaged import locate
 from lwm_core.protocols import EvalContext, EvalSetup, SamplingSpec, VisionEncoder
 from lwm_core.run.vision import ClipWriter, VisionPrompt, vision_prompt
 from lwm_evals.files import Row, write_atomically
 from lwm_evals.grid import beside, known_lengths, read_results
 from lwm_evals.options import VideoContinuationOptions
-from lwm_evals.read_frames import frames_at
+from lwm_evals.read_frames import frames_at, told_by
 from lwm_evals.similarity import psnr
 
 SHOWN_SIDE = 128
@@ -116,13 +117,15 @@ class VideoContinuationSuite:
 
     def _frames(self, setup: EvalSetup, encoder: VisionEncoder) -> tuple[NDArray[np.uint8], int]:
         """The frames given and those that follow, and the number of the first."""
-        path, chosen = setup.base_dir / Path(self.options.path).expanduser(), list[int]()
+        chosen: list[int] = []
+        with told_by("video-continuation"):
+            path = locate(self.options.path, setup.base_dir)
 
-        def choose(count: int) -> list[int]:
-            chosen.extend(self._numbers(path, count))
-            return chosen
+            def choose(count: int) -> list[int]:
+                chosen.extend(self._numbers(path, count))
+                return chosen
 
-        frames, _ = frames_at(path, encoder.frame_size, choose)
+            frames, _ = frames_at(path, encoder.frame_size, choose)
         return frames, chosen[0] // self.options.every
 
     def _numbers(self, path: Path, count: int) -> list[int]:
@@ -133,7 +136,7 @@ class VideoContinuationSuite:
         if first < 0 or first + o.given + o.frames > taken:
             start = "" if o.at is None else f"from frame {o.at} on "
             raise DataError(
-                f"video-continuation: {path}: has {taken} frames (every = {o.every}), but {o.given} given and "
+                f"{path}: has {taken} frames (every = {o.every}), but {o.given} given and "
                 f"{o.frames} written {start}need {(o.at or 0) + o.given + o.frames}; use a longer one, or lower given, "
                 "frames or at"
             )

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import re
 import zlib
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+from lwm_core import packaged
 from lwm_core.errors import DataError
-
-# Two characters at least, so that a Windows drive (``C:\corpus.txt``) is a path.
-_PACKAGED = re.compile(r"(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]+):(?P<path>[^\\/].*)")
 
 
 def locate(name: str, base_dir: Path) -> Path:
-    """The file meant by a path from ``base_dir``, or by ``DIST:PATH`` inside the package of an installed distribution.
-
-    The package is found by name (``lwm-data`` → ``lwm_data``) and never imported.
+    """The file meant by ``name``; see :func:`lwm_core.packaged.locate`.
 
     Raises:
         DataError: there is no such file, or no such package.
     """
-    packaged = _PACKAGED.fullmatch(name)
-    if packaged is None:
-        path = base_dir / Path(name).expanduser()
-    else:
-        spec = find_spec(re.sub(r"[.-]", "_", packaged["dist"]))
-        if spec is None or not spec.submodule_search_locations:
-            raise DataError(f"corpus {name!r}: {packaged['dist']} is not installed: pip install {packaged['dist']}")
-        path = Path(spec.submodule_search_locations[0]) / packaged["path"]
+    try:
+        path = packaged.locate(name, base_dir)
+    except DataError as error:
+        raise DataError(f"corpus {error}") from None
     if not path.is_file():
         raise DataError(f"corpus {name!r}: there is no file {path}; give a text file (.txt, .xz, .gz)")
     return path
