@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from lwm_core.errors import DataError, ShapeError
 from lwm_core.frames import frame_tokens, vision_tokens
-from lwm_core.prompts import UNCONDITIONAL, given_text
 from lwm_core.protocols import EvalContext, EvalSetup
+from lwm_core.run.vision import vision_prompt
 from lwm_evals.clips import Clips, open_clips
 from lwm_evals.files import Journal, Row
 from lwm_evals.grid import ask_all, beside, in_order, known_lengths, read_results, write_results
@@ -170,9 +170,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], codes: int) -> list[Row]:
 
 def _start(setup: EvalSetup) -> list[int]:
     """What stands before a clip that nothing is said about: ``<s><vision>``."""
-    bos = [setup.tokenizer.special_ids["bos"]] if "bos" in setup.tokenizer.special_ids else []
-    [words] = given_text("video", UNCONDITIONAL)
-    return [*bos, *setup.tokenizer.encode(words)]
+    return list(vision_prompt("video", "", setup.tokenizer).unconditional)
 
 
 def _open(path: str | None, setup: EvalSetup) -> Clips:

@@ -49,10 +49,10 @@ class Decoding:
     def __init__(self, network: Llama, how: Compute, lent: bool) -> None:
         c = network.config
         self._dtype, self._tp, self._lent = how.dtype, how.tp.whole, lent
-        self._kv_heads, self._head_dim = c.num_kv_heads // self._tp.size, c.head_dim
+        self._kv_heads, self._head_dim, self._eps = c.num_kv_heads // self._tp.size, c.head_dim, c.rms_norm_eps
         self._layers = [self._of(block) for block in network.blocks]
         self._norm = self._vector(network.model.norm)
-        self._eps = self._norm.new_full((1, 1), c.rms_norm_eps)
+        self._eps_tensor = self._norm.new_full((1, 1), c.rms_norm_eps)
         self._table = self._kept(entire(network.model.embed_tokens.weight))
         lm_head = network.lm_head
         self._head = self._table if lm_head is None else self._kept(entire(lm_head.weight))
@@ -110,6 +110,8 @@ class Decoding:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
+        if not x.is_cpu:  # one kernel there, and on a CPU a chain of more operations than these
+            return functional.rms_norm(wide, weight.shape, weight, self._eps).to(x.dtype)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        shrunk = wide * torch.addcmul(self._eps, length, length, value=1 / wide.shape[-1]).rsqrt_()
+        shrunk = wide * torch.addcmul(self._eps_tensor, length, length, value=1 / wide.shape[-1]).rsqrt_()
         return shrunk.mul_(weight).to(x.dtype)
