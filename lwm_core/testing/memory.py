@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def can_measure() -> bool:
-    """Whether this system (Linux) tells :func:`peak_growth`."""
+    """Whether this system (Linux) tells :func:`peak_growth` and :func:`peak_until_exit`."""
     return _CLEAR.exists()
 
 
@@ -22,9 +25,21 @@ def peak_growth(work: Callable[[], object]) -> int:
     """
     _give_back()
     _CLEAR.write_text("5")  # proc(5): resets the peak
-    before = _resident("VmRSS")
+    before = _resident(_STATUS.read_text(), "VmRSS")
     work()
-    return _resident("VmHWM") - before
+    return _resident(_STATUS.read_text(), "VmHWM") - before
+
+
+def peak_until_exit(process: subprocess.Popen[Any], every: float = 0.05) -> int:
+    """Bytes of ``process`` that were resident at most, looked at every so many seconds until it has ended.
+
+    Not ``ru_maxrss``: Linux counts there what the process that started it held before ``exec``, too.
+    """
+    peak, status = 0, Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        peak = max(peak, _resident(status.read_text(), "VmHWM"))
+        time.sleep(every)
+    return peak
 
 
 def _give_back() -> None:
@@ -34,6 +49,6 @@ def _give_back() -> None:
         trim(0)
 
 
-def _resident(field: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def _resident(status: str, field: str) -> int:
+    """Bytes that a /proc/PID/status tells; 0 of a process that has just ended."""
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)), 0)

@@ -42,6 +42,13 @@ def trained_on(source: Any, **request: Any) -> set[str]:
     return {f"clip-{9 * high + low}" for low, high in codes}
 
 
+def codes_of(source: Any) -> set[tuple[int, ...]]:
+    """The frames of two codes that some row of a few windows holds."""
+    feed = source.open(FeedRequest(0, 200, 16))
+    found = [[i - 259 for i in ids if 259 <= i < 268] for step in range(3) for ids in documents(feed.batch(step))]
+    return {tuple(codes[t : t + 2]) for codes in found for t in range(0, len(codes), 2)}
+
+
 def test_clips_that_are_held_out_are_never_trained_on(write_codes: Any, open_source: Any, tmp_path: Path) -> None:
     """A fifth of 40: those of the lowest SHA-256 of their names, whatever the order of the folder and the seed."""
     write_codes("codes", CLIPS)
@@ -92,5 +99,31 @@ def test_sources_of_one_folder_hold_out_the_same(write_codes: Any, open_source: 
     a = {"kind": "vision", "order": "vision", "path": "codes", "held_out": 0.2}
     b = {**a, "path": "link"}
     assert len(open_source({"a": a, "b": b}, vision=VISION).held_out_clips()) == 1
-    with pytest.raises(ConfigError, match=r"'a' and 'b' both read .*link, but hold out 0\.2 and 0\.0 of it; give both"):
+    with pytest.raises(ConfigError, match=r"'a' and 'b' both read .*link, but held_out is 0\.2 and 0\.0; give both"):
         open_source({"a": a, "b": {**b, "held_out": 0.0}}, vision=VISION)
+    with pytest.raises(ConfigError, match="but held_out_frames is 0 and 1; give both the same held_out_frames"):
+        open_source({"a": a, "b": {**b, "held_out_frames": 1}}, vision=VISION)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_frames": 2}, {"max_frames": 2, "sampling": "consecutive"}])
+def test_the_end_of_a_clip_can_be_held_out(write_codes: Any, open_source: Any, options: dict[str, Any]) -> None:
+    """Every frame but the last two is trained on, by every way of sampling but the even one, which takes the ends."""
+    write_codes("codes", {"it": [[t, t] for t in range(8)]})
+    whole, but_two = (source_of(order="vision", held_out_frames=n, **options) for n in (0, 2))
+    seen = [{code for code, _ in codes_of(open_source(made, vision=VISION))} for made in (whole, but_two)]
+    even = options == {"max_frames": 2}
+    assert seen == ([{0, 7}, {0, 5}] if even else [set(range(8)), set(range(6))])
+
+
+def test_a_clip_too_short_for_its_end_to_be_held_out(write_codes: Any, open_source: Any, tmp_path: Path) -> None:
+    write_codes("codes", {"it": [[t, t] for t in range(8)], "short": [[8, 8], [8, 7]]})
+    source = source_of(order="vision", held_out_frames=2)
+    words = (
+        r"held_out_frames = 2 leaves none of the 2 frame\(s\) of clip 'short' to train on; lower it, or set leave_out"
+    )
+    with pytest.raises(DataError, match=words):
+        open_source(source, vision=VISION).open(FeedRequest(0, 200, 1))
+    (tmp_path / "c.tsv").write_text("it\ta\nshort\tb\n")
+    for order in ("vision", "text-vision"):
+        made = open_source(source_of(order=order, held_out_frames=2, leave_out=["no-frames"]), vision=VISION)
+        assert {code for code, _ in codes_of(made)} == set(range(6))

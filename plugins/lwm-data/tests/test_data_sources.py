@@ -130,6 +130,25 @@ def test_needle_lengths_are_uniform_and_packed_where_a_shortest_is_given(open_so
     assert len(lengths) > 64
 
 
+@pytest.mark.parametrize("shortest", [None, 400])
+def test_needle_lengths_end_where_a_longest_is_given(open_source, shortest):
+    least = {"min_tokens": shortest} if shortest else {}
+    source = open_source({"kjv": KJV, "needle": {**NEEDLE, **least, "max_tokens": 500}}, window_rows=64)
+    lengths = [len(ids) for ids, _, _ in examples(feed(source, 2000, 64, {"needle": 1.0}))]
+    assert max(lengths) == 500 and min(lengths) <= (shortest or 500) + 10 and len(lengths) >= 4 * 64
+    assert lengths == [500] * len(lengths) or shortest
+    in_short_rows = feed(source, 450, 64, {"needle": 1.0})
+    assert 440 < max(len(ids) for ids, _, _ in examples(in_short_rows)) <= 450
+
+
+def test_a_longest_below_the_shortest_or_below_the_needles_is_refused(open_source):
+    with pytest.raises(ValidationError, match="min_tokens 400 is above max_tokens 300"):
+        open_source({"kjv": KJV, "needle": {**NEEDLE, "min_tokens": 400, "max_tokens": 300}})
+    with pytest.raises(ShapeError, match="but an example has 256; use a longer max_tokens"):
+        source = {**NEEDLE, "needles": [4], "retrieve": [4], "max_tokens": 256}
+        feed(open_source({"kjv": KJV, "needle": source}), 2000, 2, {"needle": 1.0})
+
+
 def test_no_held_out_city_or_number_is_trained_on(open_source, tokenizer):
     sources = {
         "kjv": KJV,
@@ -218,6 +237,8 @@ def test_few_keys_do_not_end_in_a_loop(open_source, tokenizer):
 def test_a_row_too_short_for_copying_is_refused(open_source, task):
     with pytest.raises(ShapeError, match=r"copy source 'copy': a .* need \d+ tokens"):
         feed(open_source({"copy": {"kind": "copy", "task": task, "min_period": 9}}), 16, 2, None)
+    with pytest.raises(ShapeError, match="max_tokens is 9, and"):
+        feed(open_source({"copy": {"kind": "copy", "task": task, "min_period": 9, "max_tokens": 9}}), 64, 2, None)
     with pytest.raises(ShapeError, match="min_tokens is 99"):
         feed(open_source({"copy": {"kind": "copy", "task": task, "min_tokens": 99}}), 64, 2, None)
 

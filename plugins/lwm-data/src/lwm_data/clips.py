@@ -114,12 +114,12 @@ def held_out_clips(options: VisionOptions, shards: Shards, name: str) -> frozens
     return frozenset(sorted(clips, key=lambda clip: hashlib.sha256(clip.encode()).digest())[:count])
 
 
-def check_held_out(shards: Mapping[str, Shards], fractions: Mapping[str, float]) -> None:
+def check_held_out(shards: Mapping[str, Shards], options: Mapping[str, VisionOptions]) -> None:
     """Refuse sources that read one folder but differ in what they hold out: one would train on the other's.
 
     Args:
         shards: by vision source.
-        fractions: what each holds out.
+        options: of each.
 
     Raises:
         ConfigError: two of them do.
@@ -127,11 +127,13 @@ def check_held_out(shards: Mapping[str, Shards], fractions: Mapping[str, float])
     owners: dict[Path, str] = {}
     for name, one in shards.items():
         other = owners.setdefault(one.folder.resolve(), name)
-        if fractions[name] != fractions[other]:
-            raise ConfigError(
-                f"data.sources: {other!r} and {name!r} both read {one.folder}, but hold out {fractions[other]} and "
-                f"{fractions[name]} of it; give both the same held_out"
-            )
+        for what in ("held_out", "held_out_frames"):
+            its, mine = getattr(options[other], what), getattr(options[name], what)
+            if its != mine:
+                raise ConfigError(
+                    f"data.sources: {other!r} and {name!r} both read {one.folder}, but {what} is {its} and {mine}; "
+                    f"give both the same {what}"
+                )
 
 
 def clip_examples(
@@ -143,39 +145,45 @@ def clip_examples(
         DataError: a clip has no frames or no caption, or a caption no clip (unless they are left out), or none is left.
     """
     who = f"vision source {name!r}"
-    empty = [video.name for video in shards.videos if not video.frames]
+    kept = {video.name: max(0, video.frames - options.held_out_frames) for video in shards.videos}
+    empty = [clip for clip, frames in kept.items() if not frames]
     if empty and "no-frames" not in options.leave_out:
-        broken = shards.video(empty[0]).broken
-        raise DataError(
-            f"{who}: {_counted(empty, 'has no frames', 'have no frames')}{broken and f' ({broken})'}; encode again "
-            "without, or set leave_out = ['no-frames']"
-        )
-    numbers = {video.name: number for number, video in enumerate(shards.videos) if video.frames}
+        raise DataError(f"{who}: {_without_frames(options, shards, empty)}, or set leave_out = ['no-frames']")
+    numbers = {video.name: number for number, video in enumerate(shards.videos) if kept[video.name]}
     if options.captions is None:
-        examples = [
-            ClipExample(number, clip, shards.videos[number].frames)
-            for clip, number in numbers.items()
-            if clip not in held_out
-        ]
+        examples = [ClipExample(number, clip, kept[clip]) for clip, number in numbers.items() if clip not in held_out]
     else:
         file = locate(options.captions, base)
-        examples = _captioned(options, shards, numbers, held_out, file, who, set(empty))
+        examples = _captioned(options, kept, shards.folder, numbers, held_out, file, who)
     if not examples:
         but = f" but the {len(held_out)} that held_out keeps from training" if held_out else ""
         raise DataError(f"{who}: no example is left; its captions are of none of the clips in {shards.folder}{but}")
     return examples
 
 
+def _without_frames(options: VisionOptions, shards: Shards, empty: Sequence[str]) -> str:
+    """What is wrong with the clips ``empty``, and what to do."""
+    few = [clip for clip in empty if shards.video(clip).frames]
+    if few:
+        frames = shards.video(few[0]).frames
+        return (
+            f"held_out_frames = {options.held_out_frames} leaves none of the {frames} frame(s) of clip {few[0]!r} to "
+            "train on; lower it"
+        )
+    broken = shards.video(empty[0]).broken
+    return f"{_counted(empty, 'has no frames', 'have no frames')}{broken and f' ({broken})'}; encode again without"
+
+
 def _captioned(
-    options: VisionOptions, shards: Shards, numbers: dict[str, int], held_out: frozenset[str], file: Path, who: str,
-    empty: set[str],
+    options: VisionOptions, kept: Mapping[str, int], folder: Path, numbers: dict[str, int], held_out: frozenset[str],
+    file: Path, who: str,
 ) -> list[ClipExample]:  # fmt: skip
-    captions = [caption for caption in read_captions(file, who) if caption.name not in empty]
+    captions = [caption for caption in read_captions(file, who) if kept.get(caption.name) != 0]
     strange = [caption for caption in captions if caption.name not in numbers]
     if strange and "no-clip" not in options.leave_out:
         raise DataError(
             f"{who}: {file}:{strange[0].line}: {unknown('clip', strange[0].name, list(numbers)[:1000])} in "
-            f"{shards.folder}; {len(strange)} line(s) are so: mend them, or set leave_out = ['no-clip']"
+            f"{folder}; {len(strange)} line(s) are so: mend them, or set leave_out = ['no-clip']"
         )
     named = {caption.name for caption in captions}
     missing = [clip for clip in numbers if clip not in named and clip not in held_out]
@@ -185,7 +193,7 @@ def _captioned(
             "['no-caption']"
         )
     return [
-        ClipExample(number, caption.name, shards.videos[number].frames, caption.text, caption.question)
+        ClipExample(number, caption.name, kept[caption.name], caption.text, caption.question)
         for caption in captions
         if (number := numbers.get(caption.name)) is not None and caption.name not in held_out
     ]

@@ -97,7 +97,7 @@ class MixSource:
         self._check_held_out()
         visions = {name: o for name, o in options.sources.items() if isinstance(o, VisionOptions)}
         self._shards = {name: open_codes(o, context.vocabulary, context.base_dir, name) for name, o in visions.items()}
-        check_held_out(self._shards, {name: o.held_out for name, o in visions.items()})
+        check_held_out(self._shards, visions)
         self._kept = {name: held_out_clips(o, self._shards[name], name) for name, o in visions.items()}
         self._line_files = {name: line_files(o, context.base_dir, name) for name, o in self._line_options.items()}
         check_one_encoder(self._shards, {name: o.codes_per_frame for name, o in self._line_options.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,12 +17,33 @@ Share = Annotated[
 ]
 MinTokens = Annotated[
     int | None,
-    Field(gt=1, description="shortest example in tokens; lengths are uniform from here to the row; none: full rows"),
+    Field(
+        gt=1, description="shortest example in tokens; lengths are uniform from here to the longest; none: all as long"
+    ),
 ]
+MaxTokens = Annotated[int | None, Field(gt=1, description="longest example in tokens; none, or more than a row: a row")]
 
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Measured(_Options):
+    """Examples that are made to measure: full rows, or packed ones of a fixed length or of random ones."""
+
+    min_tokens: MinTokens = None
+    max_tokens: MaxTokens = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        return self
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest example in a row of ``seq_len``; the first may not fit."""
+        longest = min(self.max_tokens or seq_len, seq_len)
+        return self.min_tokens or longest, longest
 
 
 class TextOptions(_Options):
@@ -58,7 +79,7 @@ class TextOptions(_Options):
         return self
 
 
-class NeedleOptions(_Options):
+class NeedleOptions(_Measured):
     """LWM's needles planted in a text source of the same mix; only the answer is learnt."""
 
     kind: Literal["needle"] = Field(description="the source's kind")
@@ -70,7 +91,6 @@ class NeedleOptions(_Options):
     turns: int = Field(
         default=1, ge=1, description="questions asked one after the other about one text, each with its answer"
     )
-    min_tokens: MinTokens = None
     share: Share = 1.0
 
     @model_validator(mode="after")
@@ -84,7 +104,7 @@ class NeedleOptions(_Options):
         return self
 
 
-class CopyOptions(_Options):
+class CopyOptions(_Measured):
     """Synthetic copying: what was seen before is asked again, so that induction and retrieval are learnt densely."""
 
     kind: Literal["copy"] = Field(description="the source's kind")
@@ -100,7 +120,6 @@ class CopyOptions(_Options):
     max_period: int | None = Field(default=None, ge=2, description="repeat: tokens of the longest span; none: half")
     key_digits: int = Field(default=4, ge=1, le=18, description="pairs: digits of a key")
     value_digits: int = Field(default=4, ge=1, le=18, description="pairs: digits of a value")
-    min_tokens: MinTokens = None
     share: Share = 1.0
 
     @model_validator(mode="after")
@@ -164,6 +183,11 @@ class VisionOptions(_Options):
         lt=1,
         description="fraction of the folder's clips that is never trained on, with all that is said of them, at least "
         "one where it is not 0: those whose names have the lowest SHA-256; evaluations read them",
+    )
+    held_out_frames: int = Field(
+        default=0,
+        ge=0,
+        description="frames at the end of every clip that are never trained on; a continuation of it is judged there",
     )
     verify: bool = Field(default=False, description="hold every file of codes against its SHA-256 before training")
     share: Share = 1.0

@@ -36,26 +36,28 @@ def generator(key: Key, number: int = 0) -> np.random.Generator:
 
 
 def plan_lengths(
-    rows: int, seq_len: int, min_tokens: int | None, key: Key, need: Callable[[int], int] = lambda number: 0
+    rows: int, seq_len: int, lengths: tuple[int, int], key: Key, need: Callable[[int], int] = lambda number: 0
 ) -> list[list[Item]]:
-    """Items (number from 1, length) of examples that are made to measure: full rows, or packed random lengths.
+    """Items (number from 1, length) of examples that are made to measure: full rows, or packed shorter ones.
 
     Args:
+        lengths: tokens of the shortest and of the longest; they are uniform.
         need: tokens that example ``number`` cannot do without; a length drawn below is raised to it.
     """
-    if min_tokens is None:
+    shortest, longest = lengths
+    if shortest == seq_len:
         return [[(number, seq_len)] for number in range(1, rows + 1)]
     random = generator(key)
     drawn: list[Item] = []
 
-    def lengths() -> Iterator[int]:
+    def draw() -> Iterator[int]:
         while True:
             number = len(drawn) + 1
-            length = max(int(random.integers(min_tokens, seq_len + 1)), need(number))
+            length = max(int(random.integers(shortest, longest + 1)), need(number))
             drawn.append((number, length))
             yield length
 
-    return [[drawn[i] for i in row] for row in best_fit(lengths(), rows, seq_len)]
+    return [[drawn[i] for i in row] for row in best_fit(draw(), rows, seq_len)]
 
 
 def plan_whole(

@@ -24,17 +24,17 @@ class _Planned:
     """Examples made to measure. An item is (number, length)."""
 
     def __init__(self, name: str, options: CopyOptions, seq_len: int, need: int, what: str) -> None:
-        shortest = seq_len if options.min_tokens is None else options.min_tokens
-        if min(shortest, seq_len) < need or shortest > seq_len:
+        shortest, longest = self._lengths = options.lengths(seq_len)
+        if shortest < need or shortest > longest:
             raise ShapeError(
-                f"copy source {name!r}: {what} need {need} tokens, but min_tokens is {options.min_tokens} and the "
-                f"stage's rows have {seq_len}"
+                f"copy source {name!r}: {what} need {need} tokens, but min_tokens is {options.min_tokens}, max_tokens "
+                f"is {options.max_tokens}, and the stage's rows have {seq_len}"
             )
         self._options, self._seq_len = options, seq_len
 
     def plan(self, rows: int, key: Key) -> list[list[Item]]:
         """See :class:`~lwm_data.sources.base.Source`."""
-        return plan_lengths(rows, self._seq_len, self._options.min_tokens, key)
+        return plan_lengths(rows, self._seq_len, self._lengths, key)
 
 
 class RepeatSource(_Planned):

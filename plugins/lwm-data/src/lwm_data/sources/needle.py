@@ -75,7 +75,8 @@ class NeedleSource:
         self._name, self._options, self._haystack, self._ends, self._seq_len = name, options, haystack, ends, seq_len
         self._encode = MemoEncode(tokenizer)
         self._bos, self._eos = (tokenizer.special_ids.get(role) for role in ("bos", "eos"))
-        if options.min_tokens is not None and options.min_tokens > seq_len:
+        self._lengths = options.lengths(seq_len)
+        if self._lengths[0] > self._lengths[1]:
             raise ShapeError(
                 f"needle source {name!r}: min_tokens is {options.min_tokens}, but the stage's rows have {seq_len}"
             )
@@ -87,7 +88,7 @@ class NeedleSource:
         def need(number: int) -> int:
             return self._check_fit(self._draw(generator(key, number)))
 
-        return plan_lengths(rows, self._seq_len, self._options.min_tokens, key, need)
+        return plan_lengths(rows, self._seq_len, self._lengths, key, need)
 
     def build(self, item: Item, key: Key) -> TokenSequence:
         """See :class:`~lwm_data.sources.base.Source`."""
@@ -138,10 +139,13 @@ class NeedleSource:
         fixed = spacious - fit_haystack(spacious, task.needles, task.turns[0], self._encode, self._bos)
         tail = sum(len(answer_ids(asked, self._encode, self._eos)) for asked in task.turns)
         need = fixed + tail + sum(len(self._question(asked)) for asked in task.turns[1:])
-        if need > self._seq_len:
+        longest = self._lengths[1]
+        if need > longest:
+            what, longer = (
+                ("the stage's rows have", "seq_len") if longest == self._seq_len else ("an example has", "max_tokens")
+            )
             raise ShapeError(
                 f"needle source {self._name!r}: {len(task.needles)} needle(s), {len(task.turns)} question(s) and the "
-                f"answers need {need} tokens, but the stage's rows have {self._seq_len}; use a longer seq_len, fewer "
-                "needles or fewer turns"
+                f"answers need {need} tokens, but {what} {longest}; use a longer {longer}, fewer needles or fewer turns"
             )
         return need
