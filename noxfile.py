@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 PLUGINS = sorted(path.parent for kind in ("plugins", "contrib") for path in ROOT.glob(f"{kind}/*/pyproject.toml"))
 QUICKSTART = ("plugins/lwm-jax-ring", "plugins/lwm-context", "plugins/lwm-data", "plugins/lwm-evals", "plugins/lwm-hf",
-              "contrib/lwm-tiny-base")  # fmt: skip
+              "plugins/lwm-vqgan", "contrib/lwm-tiny-base")  # fmt: skip
 TPU_COMPILER = "libtpu"  # compiles for real TPUs on any machine; it needs none
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "entrypoints", "transformers", "diffusers",
               TPU_COMPILER)  # fmt: skip

@@ -28,6 +28,6 @@ def test_eight_bits_change_perplexity_by_less_than_half_a_percent(side: str) -> 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     exact = told["compute"]
-    assert 1 < exact < 500, "a model that has learnt nothing would not notice"
+    assert 1 < exact < 1000, "a model that has learnt nothing would not notice"
     assert 0 < abs(told["int8"] / exact - 1) < 0.005, told
     assert abs(told["bfloat16"] / exact - 1) < 0.005, told

@@ -17,7 +17,7 @@ from lwm_core.testing import PluginSuite, WeightsSuite
 from lwm_core.weights import read_model_folder, write_model_folder
 from lwm_tiny_base.bundle import tiny_base
 
-MAKE = Path(__file__).parents[1] / "make.py"
+MAKE, CLIPS = (Path(__file__).parents[1] / name for name in ("make.py", "clips.py"))
 
 
 class TestPlugin(PluginSuite):
@@ -39,7 +39,7 @@ def test_shape_size_and_type() -> None:
     found = read_model_folder(folder)
     assert (found.model.vocabulary.text_size, found.model.vocabulary.vision_size) == (4096, 8448)
     assert found.model.tie_embeddings and "lm_head.weight" not in found.parameters
-    assert found.seq_len == 256
+    assert found.seq_len == 2048
     assert {array.dtype for array in found.parameters.values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
 
@@ -76,3 +76,29 @@ def test_make_tells_what_is_missing(tmp_path: Path) -> None:
     done = make(tmp_path, "--out", tmp_path / "packed")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "config.json" in done.stderr
+
+
+def test_clips_are_cut_and_encoded(tmp_path: Path) -> None:
+    """Twelve frames each, no two clips alike, and the same ones again from the same seed."""
+    for needed in ("av", "flax", "lwm_vqgan"):
+        pytest.importorskip(needed)
+    from lwm_core.shards import open_shards
+
+    made = []
+    for name in ("one", "two"):
+        done = subprocess.run(
+            [sys.executable, str(CLIPS), str(tmp_path / name), "--clips", "3"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        shards = open_shards(tmp_path / name / "codes")
+        assert [video.frames for video in shards.videos] == [12] * 3
+        made.append(np.stack([shards.codes(video) for video in range(3)]))
+    assert np.array_equal(*made) and made[0].shape == (3, 12, 256)
+    assert len({clip.tobytes() for clip in made[0]}) == 3
+
+
+def test_clips_are_never_written_over(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "videos").mkdir()
+    done = subprocess.run([sys.executable, str(CLIPS), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "videos" in done.stderr
