@@ -38,6 +38,9 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=CLIPS, help=f"how many ({CLIPS})")
     options = parser.parse_args()
     videos: Path = options.out / "videos"
+    if videos.exists():
+        print(f"clips.py: {videos} is there already; remove {options.out}, or name another folder", file=sys.stderr)
+        return 1
     try:
         videos.mkdir(parents=True)
         whole, random = read(locate(SOURCE, Path()), TRAINED), np.random.default_rng(SEED)

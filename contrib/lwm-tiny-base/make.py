@@ -16,7 +16,7 @@ MODEL = Path(__file__).with_name("src") / "lwm_tiny_base" / "model"
 def main() -> int:
     """Write RUN's model in bfloat16, its configuration and its tokenizer; 1 where RUN holds none."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of the recipe tiny-base")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run of the recipe tiny-base-vision")
     parser.add_argument("--out", type=Path, default=MODEL, help="the model folder to write (default: the package's)")
     options = parser.parse_args()
     source: Path = options.run / "model"

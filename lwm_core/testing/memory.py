@@ -7,6 +7,7 @@ import gc
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,21 @@ def peak_growth(work: Callable[[], object]) -> int:
     """
     _give_back()
     _CLEAR.write_text("5")  # proc(5): resets the peak
-    before = _resident(_STATUS.read_text(), "VmRSS")
+    before = _resident(_STATUS, "VmRSS")
     work()
-    return _resident(_STATUS.read_text(), "VmHWM") - before
+    return _resident(_STATUS, "VmHWM") - before
 
 
 def peak_until_exit(process: subprocess.Popen[Any], every: float = 0.05) -> int:
     """Bytes of ``process`` that were resident at most, looked at every so many seconds until it has ended.
 
-    Not ``ru_maxrss``: Linux counts there what the process that started it held before ``exec``, too.
+    Not ``ru_maxrss``: Linux counts there what the process that started it held before ``exec``, too. Nobody reads its
+    pipes meanwhile: it should write no more to them than they hold (64 KiB), or to files.
     """
     peak, status = 0, Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        peak = max(peak, _resident(status.read_text(), "VmHWM"))
+        with suppress(StopIteration):  # it ended just now
+            peak = max(peak, _resident(status, "VmHWM"))
         time.sleep(every)
     return peak
 
@@ -49,6 +52,6 @@ def _give_back() -> None:
         trim(0)
 
 
-def _resident(status: str, field: str) -> int:
-    """Bytes that a /proc/PID/status tells; 0 of a process that has just ended."""
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field)), 0)
+def _resident(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -40,7 +40,7 @@ lr = 1e-5
 @pytest.mark.skipif(not can_measure(), reason="memory is read from /proc")
 @pytest.mark.parametrize("tokens", [2048, pytest.param(262_144, marks=pytest.mark.long)])
 def test_perplexity_by_position_of_a_long_text(lwm: Any, tokens: int) -> None:
-    """Scores of 262,144 tokens would take 275 GB a head at once. The base was trained to 256, and is worse beyond."""
+    """Scores of 262,144 tokens would take 275 GB a head at once. The base read texts of 256, and is worse beyond."""
     (lwm.cwd / "base.toml").write_text(RECIPE)
     assert lwm("run", "base.toml", "--out", "r", LWM_PLUGINS=PLUGINS).returncode == 0
     (lwm.cwd / "kjv.txt").write_bytes(lzma.decompress((files("lwm_data") / "corpora" / "kjv.txt.xz").read_bytes()))

@@ -101,4 +101,4 @@ def test_clips_are_never_written_over(tmp_path: Path) -> None:
     pytest.importorskip("av")
     (tmp_path / "videos").mkdir()
     done = subprocess.run([sys.executable, str(CLIPS), str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "videos" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "name another folder" in done.stderr

@@ -118,12 +118,26 @@ def test_the_end_of_a_clip_can_be_held_out(write_codes: Any, open_source: Any, o
 def test_a_clip_too_short_for_its_end_to_be_held_out(write_codes: Any, open_source: Any, tmp_path: Path) -> None:
     write_codes("codes", {"it": [[t, t] for t in range(8)], "short": [[8, 8], [8, 7]]})
     source = source_of(order="vision", held_out_frames=2)
-    words = (
-        r"held_out_frames = 2 leaves none of the 2 frame\(s\) of clip 'short' to train on; lower it, or set leave_out"
-    )
+    words = "held_out_frames = 2, but clip 'short' is no longer than that; lower it, or set leave_out"
     with pytest.raises(DataError, match=words):
         open_source(source, vision=VISION).open(FeedRequest(0, 200, 1))
     (tmp_path / "c.tsv").write_text("it\ta\nshort\tb\n")
     for order in ("vision", "text-vision"):
         made = open_source(source_of(order=order, held_out_frames=2, leave_out=["no-frames"]), vision=VISION)
         assert {code for code, _ in codes_of(made)} == set(range(6))
+
+
+def test_the_end_of_no_clip_is_left(write_codes: Any, open_source: Any) -> None:
+    write_codes("codes", {"it": [[t, t] for t in range(8)], "short": [[8, 8], [8, 7]]})
+    source = source_of(order="vision", held_out_frames=8, leave_out=["no-frames"])
+    with pytest.raises(DataError, match=r"held_out_frames = 8 leaves no frame of any clip in .*codes; lower it"):
+        open_source(source, vision=VISION).open(FeedRequest(0, 200, 1))
+
+
+def test_a_clip_that_is_held_out_may_be_too_short(write_codes: Any, open_source: Any) -> None:
+    """Whichever of the two is held out, the other is trained on, if it is long enough."""
+    clips = {"a": [[t, t] for t in range(8)], "b": [[t, t] for t in range(8)]}
+    [held] = sorted(clips, key=lambda clip: hashlib.sha256(clip.encode()).digest())[:1]
+    write_codes("codes", {**clips, held: [[8, 8]]})
+    source = open_source(source_of(order="vision", held_out=0.1, held_out_frames=2), vision=VISION)
+    assert {code for code, _ in codes_of(source)} == set(range(6))

@@ -141,10 +141,17 @@ def test_needle_lengths_end_where_a_longest_is_given(open_source, shortest):
     assert 440 < max(len(ids) for ids, _, _ in examples(in_short_rows)) <= 450
 
 
+@pytest.mark.parametrize("task", ["repeat", "pairs"])
+def test_copies_end_where_a_longest_is_given(open_source, task):
+    source = open_source({"copy": {"kind": "copy", "task": task, "min_tokens": 40, "max_tokens": 64}})
+    lengths = [len(ids) for ids, _, _ in examples(feed(source, 256, 64, None))]
+    assert 50 < max(lengths) <= 64 and len(lengths) >= 4 * 64
+
+
 def test_a_longest_below_the_shortest_or_below_the_needles_is_refused(open_source):
     with pytest.raises(ValidationError, match="min_tokens 400 is above max_tokens 300"):
         open_source({"kjv": KJV, "needle": {**NEEDLE, "min_tokens": 400, "max_tokens": 300}})
-    with pytest.raises(ShapeError, match="but an example has 256; use a longer max_tokens"):
+    with pytest.raises(ShapeError, match="but an example has 256; use a larger max_tokens"):
         source = {**NEEDLE, "needles": [4], "retrieve": [4], "max_tokens": 256}
         feed(open_source({"kjv": KJV, "needle": source}), 2000, 2, {"needle": 1.0})
 

@@ -6,6 +6,6 @@ from lwm_core.registry import PluginSpec
 
 tiny_base = PluginSpec(
     name="tiny-base",
-    summary="six million parameters trained at 256 tokens on the King James Bible, copying and needles",
+    summary="six million parameters that know needles in texts of 256 tokens, and clips of seven frames",
     factory="lwm_tiny_base.bundle:tiny_base",
 )

@@ -146,7 +146,7 @@ def clip_examples(
     """
     who = f"vision source {name!r}"
     kept = {video.name: max(0, video.frames - options.held_out_frames) for video in shards.videos}
-    empty = [clip for clip, frames in kept.items() if not frames]
+    empty = [clip for clip, frames in kept.items() if not frames and clip not in held_out]
     if empty and "no-frames" not in options.leave_out:
         raise DataError(f"{who}: {_without_frames(options, shards, empty)}, or set leave_out = ['no-frames']")
     numbers = {video.name: number for number, video in enumerate(shards.videos) if kept[video.name]}
@@ -155,6 +155,11 @@ def clip_examples(
     else:
         file = locate(options.captions, base)
         examples = _captioned(options, kept, shards.folder, numbers, held_out, file, who)
+    if not numbers:  # a folder without any frame was refused when it was opened
+        raise DataError(
+            f"{who}: held_out_frames = {options.held_out_frames} leaves no frame of any clip in {shards.folder}; "
+            "lower it"
+        )
     if not examples:
         but = f" but the {len(held_out)} that held_out keeps from training" if held_out else ""
         raise DataError(f"{who}: no example is left; its captions are of none of the clips in {shards.folder}{but}")
@@ -165,11 +170,8 @@ def _without_frames(options: VisionOptions, shards: Shards, empty: Sequence[str]
     """What is wrong with the clips ``empty``, and what to do."""
     few = [clip for clip in empty if shards.video(clip).frames]
     if few:
-        frames = shards.video(few[0]).frames
-        return (
-            f"held_out_frames = {options.held_out_frames} leaves none of the {frames} frame(s) of clip {few[0]!r} to "
-            "train on; lower it"
-        )
+        counted = _counted(few, "is no longer than that", "are no longer than that")
+        return f"held_out_frames = {options.held_out_frames}, but {counted}; lower it"
     broken = shards.video(empty[0]).broken
     return f"{_counted(empty, 'has no frames', 'have no frames')}{broken and f' ({broken})'}; encode again without"
 

@@ -18,10 +18,13 @@ Share = Annotated[
 MinTokens = Annotated[
     int | None,
     Field(
-        gt=1, description="shortest example in tokens; lengths are uniform from here to the longest; none: all as long"
+        gt=1, description="shortest example in tokens; lengths are uniform from here to the longest; none: the longest"
     ),
 ]
-MaxTokens = Annotated[int | None, Field(gt=1, description="longest example in tokens; none, or more than a row: a row")]
+MaxTokens = Annotated[
+    int | None,
+    Field(gt=1, description="longest example in tokens; shorter ones are packed; none, or more than a row: a row"),
+]
 
 
 class _Options(BaseModel):
@@ -175,7 +178,7 @@ class VisionOptions(_Options):
     leave_out: tuple[Literal["no-caption", "no-clip", "no-frames", "too-long"], ...] = Field(
         default=(),
         description="what is left out instead of refused: clips without a caption, captions without a clip, clips "
-        "without frames, examples longer than a row",
+        "without frames or no longer than held_out_frames, examples longer than a row",
     )
     held_out: float = Field(
         default=0.0,
@@ -187,7 +190,7 @@ class VisionOptions(_Options):
     held_out_frames: int = Field(
         default=0,
         ge=0,
-        description="frames at the end of every clip that are never trained on; a continuation of it is judged there",
+        description="frames at the end of every clip that are never trained on; a clip that is no longer is refused",
     )
     verify: bool = Field(default=False, description="hold every file of codes against its SHA-256 before training")
     share: Share = 1.0

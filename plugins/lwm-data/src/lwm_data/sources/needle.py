@@ -146,6 +146,6 @@ class NeedleSource:
             )
             raise ShapeError(
                 f"needle source {self._name!r}: {len(task.needles)} needle(s), {len(task.turns)} question(s) and the "
-                f"answers need {need} tokens, but {what} {longest}; use a longer {longer}, fewer needles or fewer turns"
+                f"answers need {need} tokens, but {what} {longest}; use a larger {longer}, fewer needles or fewer turns"
             )
         return need
