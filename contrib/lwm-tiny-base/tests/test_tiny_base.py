@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import ml_dtypes
@@ -95,6 +98,17 @@ def test_clips_are_cut_and_encoded(tmp_path: Path) -> None:
         made.append(np.stack([shards.codes(video) for video in range(3)]))
     assert np.array_equal(*made) and made[0].shape == (3, 12, 256)
     assert len({clip.tobytes() for clip in made[0]}) == 3
+
+
+@pytest.mark.parametrize("name", ["quickstart", "tiny-base-vision"])
+def test_no_recipe_trains_on_what_it_judges(name: str) -> None:
+    """The end of the clip that is cut up here is the end that the recipes hold out, and what they judge lies in it."""
+    pytest.importorskip("av")
+    recipe = tomllib.loads((files("lwm_core") / "recipes" / f"{name}.toml").read_text())
+    held_out = recipe["data"]["sources"]["clip"]["held_out_frames"]
+    assert runpy.run_path(str(CLIPS))["TRAINED"] == 132 - held_out
+    [judged] = [one for one in recipe["evals"] if one["name"] == "video-continuation"]
+    assert judged["given"] + judged["frames"] <= held_out and not {"at", "every"} & judged.keys()
 
 
 def test_clips_are_never_written_over(tmp_path: Path) -> None:
