@@ -8,7 +8,7 @@ Shapes: B batch, S sequence, E hidden size, V ids of a modality; N slices of c t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,19 +37,24 @@ def modality_sums(
     vocabulary: Vocabulary,
     modalities: Sequence[str],
     chunks: Chunks,
+    lay_out: Callable[[jax.Array], jax.Array] = lambda rows: rows,
 ) -> jax.Array:
     """``[len(modalities)]`` float32: Σ w·ce over the targets of each modality.
 
     Args:
         hidden: ``[B,S,E]``; head: ``[V,E]``; targets: ``[B,S]`` int32; weights: ``[B,S]`` float32.
+        lay_out: states on which devices the rows of a modality's head lie.
     """
+    # Cut and laid out here and not in every slice of tokens: that would send rows whose parts do not begin where the
+    # whole head's do, and for each modality a gradient as large as all of the head.
+    heads = [lay_out(head[vocabulary.slices[name]]) for name in modalities]
 
     @jax.checkpoint
     def part_sums(part_hidden: jax.Array, part_targets: jax.Array, part_weights: jax.Array) -> jax.Array:
         sums = []
-        for name in modalities:
+        for name, rows in zip(modalities, heads, strict=True):
             ids = vocabulary.slices[name]
-            rows = head[ids].astype(part_hidden.dtype)
+            rows = rows.astype(part_hidden.dtype)
             logits = jnp.einsum("...e,ve->...v", part_hidden, rows, preferred_element_type=jnp.float32)
             local = jnp.clip(part_targets - ids.start, 0, ids.stop - ids.start - 1)
             chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]

@@ -26,7 +26,7 @@ from lwm_core.protocols import AttentionAxes, AttentionChoice, Stage, TrainerCon
 from lwm_jax_ring.model.llama import Chunks, Compute
 from lwm_jax_ring.model.network import Network
 from lwm_jax_ring.model.rope import rope_tables
-from lwm_jax_ring.model.sharding import ROWS, gathered, stream_sharding
+from lwm_jax_ring.model.sharding import ROWS, gathered, parameter_sharding, stream_sharding
 from lwm_jax_ring.train.optimizer import state_shardings
 from lwm_jax_ring.train.options import TrainerOptions
 from lwm_jax_ring.train.step import MASK, Program
@@ -118,6 +118,10 @@ def stage_program(
     def constrain(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, stream_sharding(mesh, model.hidden_size, x.ndim))
 
+    def lay_head(rows: jax.Array) -> jax.Array:
+        sharding = parameter_sharding(("lm_head",), rows.shape, mesh, tuple(options.shard_parameters))
+        return jax.lax.with_sharding_constraint(rows, sharding)
+
     program = Program(
         merge=network.merge,
         attend=backend.attend,
@@ -134,6 +138,7 @@ def stage_program(
             chunks=_chunks(options.token_chunk, sizes) if options.token_chunk else None,
         ),
         loss_chunks=_chunks(options.loss_chunk, sizes),
+        lay_head=lay_head,
     )
     return StageProgram(stage, mesh, attention, backend, program, network.shardings(mesh, options.shard_parameters))
 

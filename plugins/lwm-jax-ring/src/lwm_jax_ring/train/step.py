@@ -40,6 +40,7 @@ class Program:
     rope: RopeTables
     compute: Compute
     loss_chunks: Chunks
+    lay_head: Callable[[jax.Array], jax.Array]
 
     def sums(self, parameters: Any, batch: Arrays, modalities: tuple[str, ...]) -> jax.Array:
         """``[M]``: Σ w·ce of each modality over one micro-batch ``[B,S]``."""
@@ -50,8 +51,9 @@ class Program:
 
         hidden, _ = model.hidden(batch["tokens"], batch["positions"], self.rope, attend, how=self.compute)
         return modality_sums(
-            hidden, model.head, batch["targets"], batch["loss_weights"], self.vocabulary, modalities, self.loss_chunks
-        )
+            hidden, model.head, batch["targets"], batch["loss_weights"], self.vocabulary, modalities, self.loss_chunks,
+            self.lay_head,
+        )  # fmt: skip
 
     def means(self, sums: jax.Array, weights: jax.Array, modalities: tuple[str, ...]) -> tuple[jax.Array, Arrays]:
         """The loss, and each modality's mean cross-entropy; a modality without targets gives 0."""
