@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lwm_core.cli.chat_shown import Shown, add_shown, named
 from lwm_core.cli.overrides import add_overrides
 from lwm_core.cli.sampling import add_sampling, check_sampling, sampling_of, say_aside
 
@@ -18,17 +19,16 @@ if TYPE_CHECKING:
 
     from lwm_core.protocols import MediaClip
     from lwm_core.run import Model, Reopened
-    from lwm_core.run.conversation import Answer, Template
+    from lwm_core.run.conversation import Answer, Conversation, Template
 
 PROMPT = "you> "
-FRAMES = 8  # of a video, as LWM's vision chat takes
 
 DETAILS = """
 Pictures and video come first, then the document, then the questions, so that each is read once however much is asked.
-They are encoded by the run's [encoder].
+They are encoded by the run's [encoder]. A line /image FILE or /video FILE shows one more, before the next question.
 
-A line that is /quit, or Ctrl-D, ends the chat. /reset forgets the questions and answers so far; what came first is
-read again. Ctrl-C stops the answer, which stays as far as it came; a second one before the next question ends the chat.
+A line that is /quit, or Ctrl-D, ends the chat. /reset forgets all that came after the start, which is read
+again. Ctrl-C stops the answer, which stays as far as it came; a second one before the next question ends the chat.
 
 The template lwm frames a question in the words that the needle task trains on, 'You are a helpful assistant. USER: ...
 ASSISTANT:'; with a document, that stands first after USER, and 'Don't give information outside the document ...' before
@@ -41,13 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("chat", help="ask a run's model questions", description=__doc__, epilog=DETAILS)
     parser.add_argument("folder", metavar="DIR", type=Path, help="the run's folder")
     parser.add_argument("--document", metavar="FILE", type=Path, help="read this text first, UTF-8")
-    parser.add_argument("--image", dest="shown", action="append", default=[], type=_image, metavar="FILE",
-                        help="show this picture first; repeatable")  # fmt: skip
-    parser.add_argument("--video", dest="shown", action="append", type=_video, metavar="FILE",
-                        help="show frames of this video first; repeatable")  # fmt: skip
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--frames", type=int, metavar="N", help=f"at most N frames a video, evenly spaced ({FRAMES})")
-    which.add_argument("--fps", type=float, metavar="N", help="N frames a second of it instead")
+    add_shown(parser)
     parser.add_argument("--template", default="lwm", metavar="NAME|TEXT", help="what stands around a question: lwm, "
                         "plain, or a text with {question} in it (lwm)")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="what stands before all else (the template's)")
@@ -65,50 +59,16 @@ def run_chat(args: argparse.Namespace) -> int:
 
     check_sampling(args)
     template = make_template(args.template, args.system)
-    document = None if args.document is None else _read(args.document)
-    clips = _clips(args)
+    document = None if args.document is None else _text(args.document)
+    shown = Shown(args)
+    clips = [shown.open(*file) for file in args.shown]  # before the model is loaded
     opened = reopen(args.folder, args.overrides)
     with CtrlC.heard(follows=opened.trainer.processes.rank > 0) as ctrl_c:
-        lead(opened.trainer, lambda model: Chat(args, opened, model, ctrl_c).run(template, document, clips))
+        lead(opened.trainer, lambda model: Chat(args, opened, model, ctrl_c, shown).run(template, document, clips))
     return 0
 
 
-def _image(text: str) -> tuple[str, Path]:
-    return "image", Path(text)
-
-
-def _video(text: str) -> tuple[str, Path]:
-    return "video", Path(text)
-
-
-def _clips(args: argparse.Namespace) -> list[MediaClip]:
-    """What is shown, looked through but not decoded yet: before the model is loaded."""
-    from lwm_core.cli.pictures import make_media
-    from lwm_core.cli.sampling import check_options
-    from lwm_core.errors import UsageError
-
-    given = args.frames is not None or args.fps is not None
-    if given and "video" not in [kind for kind, _ in args.shown]:
-        raise UsageError(
-            "--frames and --fps say which frames of a --video are taken, but there is none; leave them out"
-        )
-    rows = [("frames", args.frames is None or args.frames > 0, "at least 1"),
-            ("fps", args.fps is None or 0 < args.fps < float("inf"), "a number above 0")]  # fmt: skip
-    check_options(args, rows)
-    if not args.shown:
-        return []
-    media, clips = make_media(args), []
-    frames = FRAMES if not given else args.frames
-    for kind, path in args.shown:
-        clip = media.open(path, frames=frames, fps=args.fps) if kind == "video" else media.open(path)
-        if clip.still != (kind == "image"):
-            is_one = "picture; name it with --image" if clip.still else "video; name it with --video"
-            raise UsageError(f"{path}: is a {is_one}")
-        clips.append(clip)
-    return clips
-
-
-def _read(path: Path) -> str:
+def _text(path: Path) -> str:
     from lwm_core.errors import DataError
 
     try:
@@ -156,8 +116,8 @@ class CtrlC:
 class Chat:
     """Questions from standard input, answers on standard output, all else on standard error."""
 
-    def __init__(self, args: argparse.Namespace, opened: Reopened, model: Model, ctrl_c: CtrlC) -> None:
-        self._args, self._opened, self._model, self._ctrl_c = args, opened, model, ctrl_c
+    def __init__(self, args: argparse.Namespace, opened: Reopened, model: Model, ctrl_c: CtrlC, shown: Shown) -> None:
+        self._args, self._opened, self._model, self._ctrl_c, self._shown = args, opened, model, ctrl_c, shown
         self._typed = sys.stdin.isatty()
         self._longest = opened.stage.seq_len
 
@@ -169,37 +129,36 @@ class Chat:
 
         tokenizer = self._opened.pipeline.tokenizer
         sampling = sampling_of(self._args, tokenizer)
-        shown = self._shown(clips) if clips else ()
-        conversation = Conversation(self._model.generator(), tokenizer, template, document, shown)
-        self._begin(conversation.begin())
+        ids = self._shown.ids(clips, self._opened)
+        conversation = Conversation(self._model.generator(), tokenizer, template, document, ids)
+        files = [*(path for _, path in self._args.shown), *filter(None, [self._args.document])]
+        self._read(files, conversation.begin())
         for question in self._questions():
             if question == "/reset":
-                self._begin(conversation.begin())
+                self._read(files, conversation.begin())
+                continue
+            if file := named(question):
+                self._show(*file, conversation)
                 continue
             answer = conversation.ask(question, sampling, self._args.stop, lambda: not self._ctrl_c.asked)
             sampling = replace(sampling, seed=sampling.seed + 1)
             self._tell(question, answer)
 
-    def _shown(self, clips: Sequence[MediaClip]) -> list[int]:
-        """Ids of pictures and videos."""
-        import time
+    def _show(self, kind: str, path: Path, conversation: Conversation) -> None:
+        """Read a picture or a video between two questions. Where somebody types, a wrong file is told and no more."""
+        from lwm_core.errors import LwmError
 
-        from lwm_core.cli.pictures import encoded, make_encoder
-        from lwm_core.run.vision import vision_block
+        try:
+            ids = self._shown.ids([self._shown.open(kind, path)], self._opened)
+        except LwmError as error:
+            if not self._typed:
+                raise
+            say_aside(str(error))
+            return
+        self._read([path], conversation.show(ids))
 
-        pipeline, encoder, ids = self._opened.pipeline, make_encoder(self._opened), []
-        for clip in clips:
-            began = time.perf_counter()
-            codes = encoded(clip, encoder)
-            seconds = max(time.perf_counter() - began, 1e-9)
-            ids += vision_block(codes, pipeline.model.vocabulary, pipeline.tokenizer)
-            if not self._args.json:
-                frames = f"{len(codes)} frame{'' if len(codes) == 1 else 's'}"
-                say_aside(f"{clip.path}: {frames} encoded in {seconds:.1f} s · {len(codes) / seconds:,.1f} frames/s")
-        return ids
-
-    def _begin(self, parts: Iterator[tuple[int, int]]) -> None:
-        """Read what comes before the questions, if anything does, and tell how far it is."""
+    def _read(self, files: Sequence[Path], parts: Iterator[tuple[int, int]]) -> None:
+        """Read what is no question, if there is anything, and tell how far it is."""
         import time
 
         from lwm_core.progress import clock
@@ -218,12 +177,11 @@ class Chat:
             print("\r\033[K", end="", file=sys.stderr)
         if total and not self._args.json:
             seconds = max(time.perf_counter() - began, 1e-9)
-            files = [*(path for _, path in self._args.shown), *filter(None, [self._args.document])]
             names = ", ".join(map(str, files))
             say_aside(f"{names}: {total:,} tokens read in {seconds:.1f} s · {total / seconds:,.0f} tok/s")
 
     def _questions(self) -> Iterator[str]:
-        """Each line that is a question or ``/reset``, to the end or ``/quit``."""
+        """Each line that is a question, ``/reset`` or names a file, to the end or ``/quit``."""
         while True:
             self._ctrl_c.waiting = True
             try:

@@ -27,9 +27,9 @@ class Template:
         system: before all else.
         before: before a question.
         after: between a question and its answer.
-        document: before a document, and between it and the first question.
+        document: before a document or what is shown, and between a document and the first question.
         after_document: what ``after`` is where there is a document.
-        shown: between pictures or video and the first question, where there is no document.
+        shown: between pictures or video and the question that they stand before.
     """
 
     system: str = ""
@@ -131,16 +131,35 @@ class Conversation:
             raise DataError("the document gives no token; give one that has a text")
         self._session: Session | None = None
         self._last: Answer | None = None
+        self._begun = False  # whether what is in the session ends within a turn, before its question
 
     def begin(self) -> Iterator[tuple[int, int]]:
         """Forget the turns that there were, and read what comes before them: tokens so far, and of all, by parts."""
         if self._session is not None:
             self._session.close()
-        self._session, self._last = self._generator.session(), None
+        self._session, self._last, self._begun = self._generator.session(), None, False
         if self._document is None and not self._shown:
             return
         start = self._tokenizer.encode(self._template.system + self._template.document[0])
-        ids = [*self._special("bos"), *start, *self._shown, *(self._document or ())]
+        yield from self._read([*self._special("bos"), *start, *self._shown, *(self._document or ())])
+        self._begun = self._document is None
+
+    def show(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Read a picture or a video now, before the next question: tokens so far, and of all, by parts.
+
+        Args:
+            ids: of ``lwm_core.run.vision.vision_block``.
+        """
+        first, t = self._last is None, self._template
+        before: list[int] = []
+        if not self._begun and (self._document is None or not first):
+            start = self._special("bos") if first else self._ending()
+            before = [*start, *self._tokenizer.encode((t.system if first else "") + t.document[0])]
+        yield from self._read([*before, *ids])
+        self._begun = self._document is None or not first
+
+    def _read(self, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        assert self._session is not None, "begin comes first"
         for at in range(0, len(ids), PART):
             self._session.read(ids[at : at + PART])
             yield min(at + PART, len(ids)), len(ids)
@@ -176,22 +195,24 @@ class Conversation:
             with closing(cast(Any, written(answer))) as ids:
                 yield from stream_text(ids, self._tokenizer.decode, stops)
 
-        self._last = Answer(kept, len(ids), time.perf_counter() - began, pieces)
+        self._last, self._begun = Answer(kept, len(ids), time.perf_counter() - began, pieces), False
         return self._last
 
     def _framed(self, question: str) -> list[int]:
         """Ids of a question. After a document its pieces are encoded as those of ``lwm_core.needles.build_prompt``."""
         t, encode = self._template, self._tokenizer.encode
         after = t.after if self._document is None else t.after_document
+        if self._begun:
+            return encode(t.shown + question + after)
         if self._last is not None:
-            # What the model ended with is not in the session yet.
-            end = self._special("eos") if self._last.ended == "eos" else []
-            return [*end, *encode(t.before + question + after)]
+            return [*self._ending(), *encode(t.before + question + after)]
         if self._document is not None:
             return [*encode(t.document[1] + question), *encode(after)]
-        if self._shown:
-            return encode(t.shown + question + after)
         return [*self._special("bos"), *encode(t.system + t.before + question + after)]
+
+    def _ending(self) -> list[int]:
+        """What the model ended its last answer with, which is not in the session yet."""
+        return self._special("eos") if self._last is not None and self._last.ended == "eos" else []
 
     def _special(self, role: str) -> list[int]:
         ids = self._tokenizer.special_ids

@@ -18,6 +18,7 @@ import pytest
 
 from lwm_core import needles
 from lwm_core.builtins.byte_tokens import BytesTokenizer
+from lwm_core.cli.chat_shown import named
 from lwm_core.errors import DataError, UsageError
 from lwm_core.protocols import SamplingSpec
 from lwm_core.run.conversation import PART, Conversation, make_template
@@ -136,6 +137,38 @@ def test_what_is_shown_stands_before_the_questions_and_is_read_once() -> None:
                 list(chat.ask(question, SamplingSpec(0)))
             assert parrot.sessions[number].tokens == expected
             assert len(parrot.sessions[number].reads) == 3
+
+
+def test_what_is_shown_between_questions_begins_the_next_turn() -> None:
+    """As what is shown first does; several stand side by side, and after a document before its question."""
+    first, more, last = [300], [301, 302], [303]
+    lwm, end = "You are a helpful assistant. USER: ", needles.PROMPT_END
+    for template, told, expected in (
+        ("lwm", None, [BOS, *BYTES.encode(lwm), *first, *more, *BYTES.encode("\nA? ASSISTANT:a"), EOS,
+                       *BYTES.encode(" USER: "), *last, *more, *BYTES.encode("\nB? ASSISTANT: USER: C? ASSISTANT:")]),
+        ("plain", None, [BOS, *first, *more, *BYTES.encode("A?a"), EOS, *last, *more, *BYTES.encode("B?C?")]),
+        ("Q: {question} A:", None, [BOS, *first, *more, *BYTES.encode("Q: A? A:a"), EOS, *last, *more,
+                                    *BYTES.encode("Q: B? A:Q: C? A:")]),
+        ("lwm", "Text.", [BOS, *BYTES.encode(f"{lwm}Text."), *first, *more, *BYTES.encode(f" A?{end}a"), EOS,
+                          *BYTES.encode(" USER: "), *last, *more, *BYTES.encode(f"\nB?{end} USER: C?{end}")]),
+    ):  # fmt: skip
+        parrot = Parrot(said("a"), [], [])
+        chat = talk(parrot, told, template)
+        for ids in (first, more):
+            list(chat.show(ids))
+        list(chat.ask("A?", SAMPLING))
+        for ids in (last, more):
+            assert list(chat.show(ids))[-1] == (parrot.sessions[0].reads[-1],) * 2
+        for question in ("B?", "C?"):
+            list(chat.ask(question, SamplingSpec(0)))
+        assert parrot.sessions[0].tokens == expected, template
+        list(chat.begin())
+        assert parrot.sessions[1].tokens == ([BOS, *BYTES.encode(f"{lwm}Text.")] if told else []), "a reset forgets it"
+
+
+def test_lines_that_name_a_file() -> None:
+    assert named("/image a b.png") == ("image", Path("a b.png")) and named("/video  c.mp4 ") == ("video", Path("c.mp4"))
+    assert not any(map(named, ("/image", "/imagea.png", "image a.png", "/picture a.png", "What is /image a.png?")))
 
 
 def test_how_an_answer_ends_is_told() -> None:
@@ -321,6 +354,9 @@ def test_in_a_terminal(lwm: Any, ran: Path) -> None:
     try:
         until(b"you> ")
         until(b"Ctrl-D ends the chat", ctrl_c)  # readline does not hear one that comes right after its prompt
+        until(b"you> ")
+        os.write(leader, b"/image gone.png\n")
+        until(b"names no [encoder]")
         until(b"you> ")
         os.write(leader, b"And God\n")
         until(b"And God\r\n")

@@ -246,6 +246,31 @@ def test_what_is_shown_is_what_the_encoder_makes_of_it(
     assert json.loads(out)["kept"] + json.loads(out)["read"] == len(ids)
 
 
+def test_a_picture_is_shown_between_questions(
+    ran: Path, clip: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, counted: list[Any]
+) -> None:
+    """It is read when it is named, once; a wrong file through a pipe ends the chat with one line."""
+    from lwm_vqgan.media import write_media
+
+    write_media(ran / "one.png", [np.full((70, 64, 3), 90, np.uint8)])
+    words = ("r", "--video", clip, "--frames", "2")
+    given = "What?\n/image one.png\nAnd this?\n"
+    code, out, err = chat((*words, "--json"), given, capsys, monkeypatch)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and err == "" and [one["question"] for one in answers] == ["What?", "And this?"]
+    start, (first, second) = START + 2 * BLOCK, answers
+    picture = (first["ended"] == "eos") + len(" USER: <vision></vision>") + BLOCK
+    assert [count for count, _ in counted] == [start, first["read"], picture, len("\nAnd this? ASSISTANT:")]
+    assert second["kept"] == first["context"] + picture and second["read"] == counted[3][0]
+    code, out, err = chat(words, given, capsys, monkeypatch)
+    assert code == 0 and out == f"{first['text']}\n{second['text']}\n"
+    encoded, read = (line for line in err.splitlines() if line.startswith("one.png: "))
+    assert encoded.startswith("one.png: 1 frame encoded in ")
+    assert read.startswith(f"one.png: {picture} tokens read in ")
+    code, out, err = chat(words, "/image gone.png\nWhat?\n", capsys, monkeypatch)
+    assert code == 1 and out == "" and "gone.png: there is no such file" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
@@ -254,7 +279,6 @@ def test_what_is_shown_is_what_the_encoder_makes_of_it(
         (("chat", "r", "--image", "clip.mp4"), 2, "clip.mp4: is a video; name it with --video"),
         (("chat", "r", "--video", "one.png"), 2, "one.png: is a picture; name it with --image"),
         (("chat", "r", "--image", "text.png"), 1, "text.png: is no picture that can be read"),
-        (("chat", "r", "--frames", "3"), 2, "--frames and --fps say which frames of a --video are taken"),
         (("chat", "r", "--video", "clip.mp4", "--frames", "0"), 2, "--frames is 0; expected at least 1"),
         (("chat", "blind", "--image", "one.png"), 2, "blind: its configuration names no [encoder]; name one"),
         (("chat", "none", "--image", "one.png"), 2, "no such folder"),

@@ -1,0 +1,109 @@
+"""Pictures and video of a chat: the options and lines that name them, their files, and their ids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lwm_core.cli.sampling import say_aside
+
+if TYPE_CHECKING:
+    from lwm_core.protocols import Media, MediaClip, VisionEncoder
+    from lwm_core.run import Reopened
+
+FRAMES = 8  # of a video, as LWM's vision chat takes
+KINDS = ("image", "video")
+
+
+def add_shown(parser: argparse.ArgumentParser) -> None:
+    """``--image``, ``--video``, and how many frames of a video are taken."""
+    parser.add_argument("--image", dest="shown", action="append", default=[], type=_image, metavar="FILE",
+                        help="show this picture first; repeatable")  # fmt: skip
+    parser.add_argument("--video", dest="shown", action="append", type=_video, metavar="FILE",
+                        help="show frames of this video first; repeatable")  # fmt: skip
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--frames", type=int, metavar="N", help=f"at most N frames a video, evenly spaced ({FRAMES})")
+    which.add_argument("--fps", type=float, metavar="N", help="N frames a second of it instead")
+
+
+def _image(text: str) -> tuple[str, Path]:
+    return "image", Path(text)
+
+
+def _video(text: str) -> tuple[str, Path]:
+    return "video", Path(text)
+
+
+def named(line: str) -> tuple[str, Path] | None:
+    """What a line ``/image FILE`` or ``/video FILE`` names; none where it is a question."""
+    word, _, rest = line.partition(" ")
+    kind, path = word.removeprefix("/"), rest.strip()
+    return (kind, Path(path)) if word.startswith("/") and kind in KINDS and path else None
+
+
+class Shown:
+    """Opens files and makes ids of them. What encodes is made for the first of them, and kept.
+
+    Args:
+        args: of the command.
+
+    Raises:
+        UsageError: an option is wrong.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from lwm_core.cli.sampling import check_options
+
+        rows = [("frames", args.frames is None or args.frames > 0, "at least 1"),
+                ("fps", args.fps is None or 0 < args.fps < float("inf"), "a number above 0")]  # fmt: skip
+        check_options(args, rows)
+        self._args = args
+        self._frames = FRAMES if args.frames is None and args.fps is None else args.frames
+        self._media: Media | None = None
+        self._encoder: VisionEncoder | None = None
+
+    def open(self, kind: str, path: Path) -> MediaClip:
+        """The file, looked through but not decoded yet.
+
+        Raises:
+            UsageError: it is the other kind, or the run has no encoder.
+            DataError: it cannot be read.
+        """
+        from lwm_core.cli.pictures import make_media
+        from lwm_core.errors import UsageError
+
+        if self._media is None:
+            self._media = make_media(self._args)
+        is_video = kind == "video"
+        clip = self._media.open(path, **({"frames": self._frames, "fps": self._args.fps} if is_video else {}))
+        if clip.still == is_video:
+            other = KINDS[not is_video]
+            raise UsageError(f"{path}: is a {'video' if other == 'video' else 'picture'}; name it with --{other}")
+        return clip
+
+    def ids(self, clips: Sequence[MediaClip], opened: Reopened) -> list[int]:
+        """Ids of pictures and videos, one after the other; how long encoding took is told.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        import time
+
+        from lwm_core.cli.pictures import encoded, make_encoder
+        from lwm_core.run.vision import vision_block
+
+        if self._encoder is None and clips:
+            self._encoder = make_encoder(opened)
+        pipeline, ids = opened.pipeline, list[int]()
+        for clip in clips:
+            assert self._encoder is not None
+            began = time.perf_counter()
+            codes = encoded(clip, self._encoder)
+            seconds = max(time.perf_counter() - began, 1e-9)
+            ids += vision_block(codes, pipeline.model.vocabulary, pipeline.tokenizer)
+            if not self._args.json:
+                frames = f"{len(codes)} frame{'' if len(codes) == 1 else 's'}"
+                say_aside(f"{clip.path}: {frames} encoded in {seconds:.1f} s · {len(codes) / seconds:,.1f} frames/s")
+        return ids
