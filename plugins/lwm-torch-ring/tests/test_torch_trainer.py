@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch_cases import ALPHAS, ROPE, batch, make_trainer, model, rows_of, stage
 
-from lwm_core.batch import PackedBatch
+from lwm_core.batch import PackedBatch, TokenSequence, pack_rows
 from lwm_core.errors import CheckpointError, LwmError, ShapeError, UnsupportedError, UsageError
 from lwm_core.model import canonical_shapes
 from lwm_core.protocols import OptimizerSpec, SamplingSpec
@@ -84,6 +84,21 @@ def test_losses_and_scores_are_the_references(shape: str, rope: str) -> None:
         start = next(s.start for s in config.vocabulary.slices.values() if s.start <= target < s.stop)
         expected.append(part[target - start] - np.log(np.exp(part).sum()))
     np.testing.assert_allclose(trainer.scorer().log_likelihood(ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_equals_apart() -> None:
+    """Documents packed into two rows give the loss and gradients of the same documents padded, one a row."""
+    random = np.random.default_rng(5)
+    documents = [TokenSequence(random.integers(0, 120, n), np.full(n, 1 / n)) for n in (30, 34, 9, 1, 17, 21, 13, 3)]
+    found = []
+    for rows in ([documents[:2], documents[2:]], [[document] for document in documents]):
+        trainer = make_trainer(rows=len(rows))
+        loss = trainer._losses.run(trainer.current.batch(rows_of(trainer, pack_rows(rows, 72))), backward=True)
+        found.append((loss["loss"], {name: p.grad.numpy() for name, p in named(trainer.network)}))
+    (loss, gradients), (alone, expected) = found
+    assert loss == pytest.approx(alone, rel=1e-6)
+    for name, gradient in expected.items():
+        assert relative_l2(gradients[name], gradient) < 1e-5, name
 
 
 def test_generation_is_the_whole_forward_pass_again() -> None:
