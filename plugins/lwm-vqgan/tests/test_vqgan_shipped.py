@@ -34,6 +34,18 @@ def test_it_keeps_held_out_photographs(shipped: VqganEncoder, held_out: NDArray[
     assert found.codes_used > 1000, found  # of the 3072 that twelve crops have
 
 
+def test_it_keeps_a_video_that_it_was_not_trained_on(shipped: VqganEncoder) -> None:
+    """Every frame of the clip that ships, scaled as ``lwm encode`` does; near what the card has."""
+    pytest.importorskip("av")
+    from lwm_vqgan.media import open_clip, preprocess
+
+    clip = open_clip(PACKAGE / "clips" / "bigbuckbunny.mp4")
+    frames = np.stack([preprocess(frame.pixels, shipped.frame_size) for frame in clip.frames()])
+    found, told = measure(shipped, frames), MEASURED["video"]
+    assert found.psnr >= 24.0 and found.psnr == pytest.approx(told["psnr"], abs=0.1), found
+    assert found.frames == told["frames"] and found.codes_used == pytest.approx(told["codes_used"], rel=0.05)
+
+
 def test_a_picture_goes_in_and_comes_out_as_itself(shipped: VqganEncoder, held_out: NDArray[np.uint8]) -> None:
     """Each reconstruction is nearer to its own crop than to any other: nothing is mixed up on the way."""
     made = shipped.decode(shipped.encode(held_out)).astype(float)
