@@ -73,11 +73,48 @@ def test_a_stage_by_name_and_an_override(lwm: Run) -> None:
     assert lwm("lwm-text", "--stage", "2M")[0] == 2
 
 
-def test_explain_fills_every_formula_in(lwm: Run) -> None:
-    _, out, _ = lwm("lwm-text", "--hardware", "v4-512", "--stage", "1M", "--explain")
-    assert "6·6607077376 + 6·32·32·128·1048576" in out  # N by hand: 32 · 202375168 + 32000 · 4096
-    assert "1 · 1048576 / 4 = 262144 tokens a device" in out
-    assert "device-hours" in out and "MFU = model FLOP / (step · 256 · 2.75e+14)" in out
+UNITS = {" GiB": "*2**30", " MiB": "*2**20", "·": "*", "−": "-"}
+
+
+def worked_out(text: str) -> float | None:
+    """What a formula with its numbers comes to; none where there are words in it."""
+    for told, meant in UNITS.items():
+        text = text.replace(told, meant)
+    text = text.removesuffix(" s").strip()
+    return float(eval(text)) if re.fullmatch(r"[-+*/(). \de]+", text) else None
+
+
+@pytest.mark.parametrize(
+    ("words", "formulas"),
+    [
+        (("lwm-text", "--hardware", "v4-512"), 90),
+        (("lwm-vision", "--hardware", "h100x64", "-s", "trainer.remat=full"), 80),
+        (
+            ("lwm-text", "--hardware", "v5p-512", "-s", "trainer.remat=offload", "-s", "attention.strategy=allgather"),
+            90,
+        ),
+        (("folder", "--to", "1M", "--hardware", "h200x64"), 15),
+    ],
+)
+def test_explain_fills_every_formula_in(lwm: Run, folder: Path, words: tuple[str, ...], formulas: int) -> None:
+    """Each line that ends with ``= numbers = result`` is worked out again, to what the result is rounded to."""
+    _, out, _ = lwm(*(str(folder) if word == "folder" else word for word in words), "--explain")
+    checked = 0
+    for line in out.splitlines():
+        _, kind, rest = [*line.split(": ", 2), "", ""][:3]
+        if kind not in ("memory", "flops", "time"):
+            continue
+        *_, numbers, result = rest.split(" = ")
+        value = worked_out(re.split(r", at | of |; program|; ·", result)[0])
+        expected = worked_out(numbers)
+        if value is None or expected is None:
+            continue
+        checked += 1
+        assert value == pytest.approx(expected, rel=0.06), line
+    assert checked >= formulas
+    if words[0] == "lwm-text" and "v4-512" in words:
+        assert "6·6607077376 + 6·32·32·128·1048576" in out  # N by hand: 32 · 202375168 + 32000 · 4096
+        assert "1 · 1048576 / 4 = 262144 tokens a device" in out
 
 
 def test_theta_is_held_against_the_bound_on_the_base() -> None:
@@ -148,6 +185,8 @@ def test_a_models_folder_is_planned_for_a_length(lwm: Run, folder: Path) -> None
     assert code == 0 and one["fits"] and one["seq_len"] == 1 << 20 and one["mesh"] == one["best"]["mesh"]
     assert not [warning for warning in one["warnings"] if "RoPE" in warning]  # the theta that it plans keeps the bound
     assert err == ""
+    for same in ("1M", "1m", "1024K"):
+        assert lwm(str(folder), "--to", same, "--hardware", "h200x64", "--json")[1] == out
     code, out, err = lwm(str(folder), "--to", "1048576", "--hardware", "h200x4")
     assert code == 1 and out.count("way out:") == 3 and "from 8192 tokens" in err
 

@@ -64,7 +64,7 @@ class Device:
 _TPU = "docs.cloud.google.com/tpu/docs/"
 _ICI = "; a link by jax-ml.github.io/scaling-book/tpus"
 _COMPILER = "; usable memory by libtpu's compiler (docs/benchmarks/aot.json)"
-_GPU = "nvidia.com data sheet (SXM, dense); network: an adapter of {} Gb/s a GPU"
+_GPU = "nvidia.com/en-us/data-center/{}: data sheet (SXM, dense); network: an adapter of {} Gb/s a GPU"
 
 DEVICES: dict[str, Device] = {
     one.name: one
@@ -75,10 +75,10 @@ DEVICES: dict[str, Device] = {
         Device("v6e", 918e12, 33_554_432_000, 1638e9, 90e9, 0, 0, 1, 1, f"{_TPU}v6e{_ICI}{_COMPILER}"),
         Device("tpu7x", 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 0, 0, 0.5, 2,
                f"{_TPU}tpu7x, half a chip; a link is 1200 GB/s / 12; 1.25 GiB kept back"),
-        Device("a100", 312e12, GPU_USABLE * 80e9, 2039e9, 300e9, 25e9, 8, 1, 1, _GPU.format(200)),
-        Device("h100", 989e12, GPU_USABLE * 80e9, 3350e9, 450e9, 50e9, 8, 1, 1, _GPU.format(400)),
-        Device("h200", 989e12, GPU_USABLE * 141e9, 4800e9, 450e9, 50e9, 8, 1, 1, _GPU.format(400)),
-        Device("b200", 2250e12, GPU_USABLE * 180e9, 8000e9, 900e9, 50e9, 8, 1, 1, _GPU.format(400)),
+        Device("a100", 312e12, GPU_USABLE * 80e9, 2039e9, 300e9, 25e9, 8, 1, 1, _GPU.format("a100", 200)),
+        Device("h100", 989e12, GPU_USABLE * 80e9, 3350e9, 450e9, 50e9, 8, 1, 1, _GPU.format("h100", 400)),
+        Device("h200", 989e12, GPU_USABLE * 141e9, 4800e9, 450e9, 50e9, 8, 1, 1, _GPU.format("h200", 400)),
+        Device("b200", 2250e12, GPU_USABLE * 180e9, 8000e9, 900e9, 50e9, 8, 1, 1, _GPU.format("hgx", 400)),
     )
 }  # fmt: skip
 """By name. TPUs' numbers in names count cores for v4 and v5p, chips for v5e, v6e and 7x."""

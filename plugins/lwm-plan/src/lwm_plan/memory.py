@@ -113,7 +113,7 @@ def memory(placed: Placed, cost: StrategyCost) -> Memory:
     model, tokens = job.model, placed.tokens
     parameters = parameter_bytes(placed)
     chunk = min(tokens, job.token_chunk or tokens)
-    kept, host = activations(placed)
+    activated, host = activations(placed)
     slices = chunk * (FEED_FORWARD_ARRAYS * part(model.intermediate_size, tp) + model.hidden_size) * job.element_bytes
     angles = tokens * model.head_dim * FLOAT  # cos and sin of half a head each
     # While gradients are summed over micro-batches there are those of the sum and of the micro-batch.
@@ -126,7 +126,7 @@ def memory(placed: Placed, cost: StrategyCost) -> Memory:
         optimizer=MOMENTS * parameters,
         gradients=gradients,
         batch=BATCH_ARRAYS * FLOAT * tokens * stage.accumulate,
-        activations=kept,
+        activations=activated,
         gathered=gathered,
         working=_bytes(placed, LOCAL_ARRAYS) + slices + angles,
         attention=attention_bytes(placed, cost),
@@ -157,35 +157,53 @@ def _bytes(placed: Placed, arrays: Arrays) -> int:
     return arrays.stream * stream + arrays.query * query + arrays.key * key
 
 
-def activations(placed: Placed) -> tuple[int, int]:
-    """What all layers keep for the backward pass: on the device, and in the host's memory."""
-    job, layers = placed.job, placed.job.model.num_layers
+def kept(placed: Placed) -> tuple[dict[str, int], dict[str, int]]:
+    """What a layer keeps for the backward pass, by name: on the device, and in the host's memory."""
+    job = placed.job
     stream, query, key = units(placed)
     lse = placed.tokens * placed.shape.heads * FLOAT
     hidden = placed.tokens * part(job.model.intermediate_size, placed.sizes["tp"]) * job.element_bytes
     if job.remat == "offload":
-        return layers * lse, layers * (stream + query)
-    attention = query + lse
+        return {"lse": lse}, {"input": stream, "out": query}
+    found = {"input": stream}
+    if job.remat != "full":
+        found |= {"out": query, "lse": lse}
     # With slices of tokens a policy keeps the slices' inputs alone; without, also what it names within them.
-    dots = 0 if job.token_chunk else 2 * stream + query + 2 * key + 2 * hidden
-    everything = attention + query + 2 * key + (0 if job.token_chunk else 4 * stream + 3 * hidden)
-    kept = {"full": 0, "attention": attention, "dots": attention + dots, "none": everything}[job.remat]
-    return layers * (stream + kept), 0
+    if job.remat == "dots" and not job.token_chunk:
+        found["products"] = 2 * stream + query + 2 * key + 2 * hidden
+    if job.remat == "none":
+        found["q, k, v"] = query + 2 * key
+        if not job.token_chunk:
+            found["norms, feed-forward"] = 4 * stream + 3 * hidden
+    return found, {}
 
 
-def attention_bytes(placed: Placed, cost: StrategyCost) -> int:
-    """What a strategy holds beside :data:`LOCAL_ARRAYS` while it runs backward; nothing on one device."""
-    if placed.sizes["sp"] == 1:
-        return 0
-    _, query, key = units(placed)
+def activations(placed: Placed) -> tuple[int, int]:
+    """What all layers keep for the backward pass: on the device, and in the host's memory."""
+    device, host = (placed.job.model.num_layers * sum(one.values()) for one in kept(placed))
+    return device, host
+
+
+def attention_arrays(placed: Placed, cost: StrategyCost) -> Arrays | None:
+    """What a strategy holds beside :data:`LOCAL_ARRAYS` while it runs backward; none where that is no sum of arrays."""
     # Exchanging heads has q, out, K, V and their gradients twice: as they came, and as they are dealt.
-    exchanged = 4 * query + 4 * key
+    exchanged = Arrays(0, 4, 4) if cost.strategy in ("ulysses", "usp") else Arrays(0, 0, 0)
+    if placed.sizes["sp"] == 1:
+        return Arrays(0, 0, 0)
     if cost.strategy == "ulysses":
         return exchanged
     if cost.strategy == "allgather":
-        # K and V of all ranks, and their float32 gradients before they are scattered.
-        return round(cost.held * (1 + FLOAT / placed.job.element_bytes))
-    ring = _bytes(placed, RING_ARRAYS)
+        return None
+    found = [RING_ARRAYS, exchanged]
     if placed.job.remat == "offload":
-        ring += _bytes(placed, OFFLOADED_RING_ARRAYS)
-    return ring + (exchanged if cost.strategy == "usp" else 0)
+        found.append(OFFLOADED_RING_ARRAYS)
+    return Arrays(*(sum(getattr(one, field) for one in found) for field in ("stream", "query", "key")))
+
+
+def attention_bytes(placed: Placed, cost: StrategyCost) -> int:
+    """Bytes of :func:`attention_arrays`; of an all-gather, K and V of all ranks and their float32 gradients before
+    they are scattered."""
+    arrays = attention_arrays(placed, cost)
+    if arrays is None:
+        return round(cost.held * (1 + FLOAT / placed.job.element_bytes))
+    return _bytes(placed, arrays)

@@ -100,6 +100,13 @@ def executed_matrix_flops(placed: Placed) -> float:
     return float(placed.stage.batch_tokens * tp * (model.num_layers * layer + head))
 
 
+def matrix_traffic(placed: Placed) -> float:
+    """Bytes of a device's memory that a step's matrix products and what stands around them read and write."""
+    job, stream = placed.job, units(placed)[0]
+    layer = sum(job.matrix_elements(placed.sizes["tp"]).values()) * FLOAT
+    return float(job.model.num_layers * placed.stage.accumulate * (STREAM_PASSES * stream + 4 * layer))
+
+
 def model_flops(placed: Placed) -> float:
     """Of a step, all devices, without recomputation, causal attention counted half."""
     return _flops_per_token(placed.job.model, placed.stage.seq_len) * placed.stage.batch_tokens
@@ -115,12 +122,8 @@ def timing(placed: Placed, cost: StrategyCost, machine: Machine) -> Timing:
     matrix_flops = executed_matrix_flops(placed)
     again = 2 / 7 if job.remat == "full" else 0.0  # seven products, two of them forward
     attention = (1 + again) * cost.compute * layers * micro
-    stream, _, _ = units(placed)
-    layer_bytes = sum(job.matrix_elements(placed.sizes["tp"]).values()) * FLOAT
-    traffic = layers * micro * (STREAM_PASSES * stream + 4 * layer_bytes)
-    matrices = max(
-        matrix_flops / placed.devices / (device.matrix_share * device.peak_flops), traffic / device.memory_bandwidth
-    )
+    arithmetic = matrix_flops / placed.devices / (device.matrix_share * device.peak_flops)
+    matrices = max(arithmetic, matrix_traffic(placed) / device.memory_bandwidth)
     update = OPTIMIZER_PASSES * parameter_bytes(placed) / device.memory_bandwidth
     executed = matrix_flops + attention * device.attention_share * device.peak_flops * placed.devices
     found = Timing(

@@ -84,17 +84,43 @@ def stream_parts(placed: Placed) -> int:
     return plain * (n - 1) + ringed
 
 
-def stream_bytes(placed: Placed) -> float:
-    """Sent over ``tp``: by the layers, and by the loss, which gathers the stream twice and scatters a float32 sum."""
+@dataclass(frozen=True)
+class Stream:
+    """What goes over ``tp``, in bytes: ``accumulate · (layers · a layer's + the loss')``."""
+
+    layer: float
+    loss: float
+
+
+def stream(placed: Placed) -> Stream:
+    """By a layer and by the loss, which gathers the stream twice and scatters a float32 sum; of a micro-batch."""
     job, n = placed.job, placed.sizes["tp"]
     piece = placed.tokens * job.model.hidden_size / n
-    loss = (2 * job.element_bytes + FLOAT) * (n - 1)
-    layers = job.model.num_layers * stream_parts(placed) * job.element_bytes
-    return placed.stage.accumulate * (layers + loss) * piece
+    return Stream(stream_parts(placed) * job.element_bytes * piece, (2 * job.element_bytes + FLOAT) * (n - 1) * piece)
 
 
-def parameters_bytes(placed: Placed) -> float:
-    """Sent over the axes that share parameters out.
+def stream_bytes(placed: Placed) -> float:
+    """Sent over ``tp`` in a step."""
+    found = stream(placed)
+    return placed.stage.accumulate * (placed.job.model.num_layers * found.layer + found.loss)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What goes over the axes that share parameters out, in bytes.
+
+    ``accumulate · (layers · (gathered + slices · scattered) + loss_slices · head)``.
+    """
+
+    gathered: float
+    scattered: float
+    slices: int
+    head: float
+    loss_slices: int
+
+
+def shared(placed: Placed) -> Shared:
+    """Of a micro-batch.
 
     A layer's are gathered forward and backward in the type that is computed with. Their float32 gradients are scattered
     as they are summed, after every slice of tokens. The head is gathered three times and scattered once in every slice
@@ -106,12 +132,20 @@ def parameters_bytes(placed: Placed) -> float:
     back = sum(size for name, size in elements.items() if name in BACK)
     out = sum(elements.values()) - back
     share = (n - 1) / n
-    gathered = 2 * (out + back) * job.element_bytes * share
     whole = elements["down_proj"] if n >= RINGED.stop else 0  # a sum sends twice what scattering it does
-    scattered = FLOAT * ((back + whole) * share + out * ((n + 1) / n if n in RINGED else share))
-    layer = gathered + slices(local, placed.rows, job.token_chunk) * scattered
-    head = part(model.vocabulary.size, tp) * model.hidden_size * (3 * job.element_bytes + FLOAT) * share
-    return stage.accumulate * (model.num_layers * layer + slices(local, placed.rows, job.loss_chunk) * head)
+    return Shared(
+        gathered=2 * (out + back) * job.element_bytes * share,
+        scattered=FLOAT * ((back + whole) * share + out * ((n + 1) / n if n in RINGED else share)),
+        slices=slices(local, placed.rows, job.token_chunk),
+        head=part(model.vocabulary.size, tp) * model.hidden_size * (3 * job.element_bytes + FLOAT) * share,
+        loss_slices=slices(local, placed.rows, job.loss_chunk),
+    )
+
+
+def parameters_bytes(placed: Placed) -> float:
+    """Sent over the axes that share parameters out in a step."""
+    one, layers = shared(placed), placed.job.model.num_layers
+    return placed.stage.accumulate * (layers * (one.gathered + one.slices * one.scattered) + one.loss_slices * one.head)
 
 
 def transfers(

@@ -35,7 +35,9 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="compile each stage for this topology, such as v5p:8x8x8; its compiler's figures beside the plan's",
     )  # fmt: skip
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage; repeatable")
-    parser.add_argument("--to", type=int, metavar="N", help="a folder: tokens that its context is to reach")
+    parser.add_argument(
+        "--to", type=_length, metavar="N", help="a folder: tokens that its context is to reach: 1M, 128K"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="a folder: tokens to train on (1e9)")
     parser.add_argument("--batch-tokens", type=int, metavar="N", help="a folder: tokens a step (4M, or a row)")
     add_overrides(parser)
@@ -43,6 +45,16 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="print {source, hardware, devices, stages} as JSON")
     parser.add_argument("--list-hardware", action="store_true", help="print the devices that are known, with sources")
     parser.set_defaults(run=run_plan)
+
+
+def _length(text: str) -> int:
+    """Tokens of a context, as stages are named: ``1M`` is 1,048,576."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    unit = units.get(text[-1:].upper())
+    digits = text if unit is None else text[:-1]
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; expected one such as 131072, 128K or 1M")
+    return int(digits) * (unit or 1)
 
 
 def run_plan(args: argparse.Namespace) -> int:
