@@ -85,17 +85,22 @@ def test_the_page_has_the_table(scope: Scope, page: str) -> None:
     assert len(rows) == 20 and not [row for row in rows if row not in page]
 
 
+def sent_row(row: dict[str, Any]) -> str:
+    """A compiled step in the page's table: of each axis what is planned and compiled."""
+    name = f"{row['group']} {row['stage']}{', offload' * (row['remat'] == 'offload')}"
+    found = planned(row)
+    axes = [
+        f"{axis} {mine / 2**30:.1f} of {row['axes'][axis] / 2**30:.1f} ({mine / row['axes'][axis] - 1:+.1%})"
+        for axis, mine in by_axes(found.timing.transfers).items()
+    ]
+    return f"| {name} | `{row['topology']}` | `{found.mesh}` | {', '.join(axes)} |"
+
+
 def test_the_page_has_what_is_sent_beside_the_compilers(page: str) -> None:
-    """Every axis of every row that was compiled for it."""
-    rows = [row for row in json.loads((DOCS / "benchmarks" / "aot.json").read_text())["rows"] if "axes" in row]
-    assert len({row["stage"] for row in rows}) >= 5
-    for row in rows:
-        name = row["stage"] + ", offload" * (row["remat"] == "offload")
-        for axis, mine in by_axes(planned(row).timing.transfers).items():
-            theirs = row["axes"][axis]
-            told = f"{mine / 2**30:.1f} | {theirs / 2**30:.1f} | {mine / theirs - 1:+.1%} |"
-            assert f"| {name} | `{planned(row).mesh}` | {axis} | {told}" in page, (name, axis, told)
-    (alone,) = (row for row in rows if row["stage"] == "256K")
+    """Every axis of every compiled step."""
+    rows = json.loads((DOCS / "benchmarks" / "aot.json").read_text())["rows"]
+    assert not [row["stage"] for row in rows if sent_row(row) not in page]
+    (alone,) = (row for row in rows if row["stage"] == "256K" and row["group"] == "text")
     assert (
         f"{alone['sent']['collective-permute']['bytes'] / 2**30:.0f} GiB of permutes at 256K, where `sp` is 1" in page
     )

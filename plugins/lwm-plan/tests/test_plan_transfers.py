@@ -17,42 +17,26 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_bytes_over_an_axis_are_within_5_percent_of_the_compilers(compiled: list[dict[str, Any]]) -> None:
-    """LWM's text stages and the planner's own mesh at 1M on the machine of the paper, and all axes together."""
-    rows = [row for row in compiled if row["group"] in ("text", "best")]
-    assert len(rows) == 7 and all("axes" in row for row in rows)
-    for row in rows:
+    """Every compiled step on every machine, and all axes of each together."""
+    assert len(compiled) == 31 and all("axes" in row for row in compiled)
+    for row in compiled:
         found = planned(row)
         mine, theirs = by_axes(found.timing.transfers), row["axes"]
         assert set(mine) <= set(theirs)
+        assert sum(theirs[axis] for axis in set(theirs) - set(mine)) < 0.001 * sum(theirs.values())
         for axis, sent in mine.items():
             off = sent / theirs[axis] - 1
-            print(f"{row['stage']:>5} {row['mesh']:>10} {row['remat']:>9} {axis:>8}: predicted {sent / 2**30:6.1f}, "
-                  f"compiled {theirs[axis] / 2**30:6.1f} GiB, {off:+.1%}")  # fmt: skip
-            assert abs(off) < 0.05, (row["stage"], axis, off)
+            print(f"{row['stage']:>10} {row['topology']:>10} {row['mesh']:>10} {row['remat']:>9} {axis:>8}: predicted "
+                  f"{sent / 2**30:6.1f}, compiled {theirs[axis] / 2**30:6.1f} GiB, {off:+.1%}")  # fmt: skip
+            assert abs(off) < 0.05, (row["stage"], row["topology"], axis, off)
         assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.05)
-        assert sum(theirs[axis] for axis in set(theirs) - set(mine)) < 0.001 * sum(theirs.values())
 
 
-def test_a_rings_bytes_are_the_compilers_to_two_thousandths(compiled: list[dict[str, Any]]) -> None:
-    rows = [row for row in compiled if "sp" in row.get("axes", {})]
-    assert len(rows) >= 3
+def test_a_rings_bytes_are_the_compilers_to_six_thousandths(compiled: list[dict[str, Any]]) -> None:
+    rows = [row for row in compiled if "sp" in row["axes"]]
+    assert len(rows) >= 15
     for row in rows:
-        assert by_axes(planned(row).timing.transfers)["sp"] == pytest.approx(row["axes"]["sp"], rel=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("topology", "stream", "parameters"),
-    [("v6e:16x16", 941_492_327_438, 146_474_612_624), ("v5p:8x8x4", 950_082_262_030, 144_758_069_136)],
-)
-def test_bytes_on_machines_that_set_nothing(topology: str, stream: int, parameters: int) -> None:
-    """Both losses at 128K, compiled by libtpu 0.0.42.1: ``lwm aot tests/bench/aot/vision.toml --stage Chat-128K``
-    for the topology. The page says how far off this is."""
-    row = {"group": "vision", "remat": "attention", "seq_len": 1 << 17, "rows": 64, "mesh": "1,-1,8,1"}
-    mine = by_axes(planned({**row, "topology": topology}).timing.transfers)
-    off = {axis: mine[axis] / sent - 1 for axis, sent in (("tp", stream), ("fsdp", parameters))}
-    assert abs(off["tp"]) < 0.05 and abs(off["fsdp"]) < 0.1
-    page = " ".join((DOCS / "explanation" / "planning.md").read_text().split())
-    assert f"{off['tp']:+.1%} over `tp` and {off['fsdp']:+.1%} over `fsdp` on {topology.split(':')[0]}" in page
+        assert by_axes(planned(row).timing.transfers)["sp"] == pytest.approx(row["axes"]["sp"], rel=6e-3)
 
 
 def test_bytes_of_small_meshes_by_hand() -> None:

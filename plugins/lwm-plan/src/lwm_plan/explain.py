@@ -126,16 +126,16 @@ def _time(found: Evaluated) -> list[str]:
 
 def _sent(one: tr.Transfer, found: Evaluated) -> str:
     """The bytes of a transfer, as a formula and with its numbers."""
-    placed = found.placed
+    placed, kind = found.placed, found.machine.device.name
     layers, micro = placed.job.model.num_layers, placed.stage.accumulate
     if one.what == "stream":
-        over = tr.stream(placed)
+        over = tr.stream(placed, kind)
         return (
-            f"micro-batches · (L · {tr.stream_parts(placed)} parts of T·E/tp·{placed.job.element_bytes} + the loss') = "
-            f"{micro}·({layers}·{gib(over.layer)} + {gib(over.loss)})"
+            f"micro-batches · (L · {tr.stream_parts(placed, kind)} parts of T·E/tp·{placed.job.element_bytes} + loss) "
+            f"= {micro}·({layers}·{gib(over.layer)} + {gib(over.loss)})"
         )
     if one.what == "parameters":
-        own = tr.shared(placed)
+        own = tr.shared(placed, kind)
         return (
             "micro-batches · (L · (gathered + slices · scattered) + slices of the loss · head) = "
             f"{micro}·({layers}·({gib(own.gathered)} + {own.slices}·{gib(own.scattered)}) + "

@@ -27,6 +27,15 @@ RINGED = range(8, 33)
 """Devices among which the sums of gradients are made by collective matmuls. Among more they are scattered plainly, but
 for that of the feed-forward's last matrix, which is summed whole."""
 
+SUMMED = 256
+"""Devices from which on the compiler sums gradients whole instead of scattering them: a device's part of a matrix is
+then 16 columns of 4,096. So compiled for 512 and for 256 devices with ``tp`` at 1; among 128 they were scattered."""
+GATHERED_BY_SUMS = ("v4", "v5p")
+"""Kinds for which it then gathers by sums, too: of float32, and of the head in the type that is computed with."""
+OTHERWISE = "v6e"
+"""The kind for which it scatters every gradient plainly between :data:`RINGED` and :data:`SUMMED`, gathers the head
+twice there, and the stream once more a layer where ``tp`` is below :data:`LOOPED`: seen in one step, at 32K on 256."""
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -69,17 +78,21 @@ def slices(tokens: int, rows: int, chunk: int | None) -> int:
     return tokens // next(size for size in range(limit, 0, -1) if tokens % size == 0)
 
 
-def stream_parts(placed: Placed) -> int:
+def stream_parts(placed: Placed, kind: str = "") -> int:
     """Parts, each 1/n of a device's ``[T,E]``, that a layer sends over the n ranks of ``tp``.
 
     Gathered are: the stream before the projections and before the feed-forward, twice where it is recomputed; on the
     way back the gradients of both results. Scattered are sums: after attention, twice where it is recomputed, and the
     projections' of the way back. Collective matmuls are: what leaves the feed-forward, and on its way back what enters
     it by the gate and by the other matrix, and the gradient of what left it, for the product with the matrix and again
-    for the matrix' own gradient.
+    for the matrix' own gradient. A layer that is not cut into slices of tokens has three of the gathers once more.
     """
     n = placed.sizes["tp"]
-    plain = 9 if placed.job.remat in RECOMPUTED else 6
+    job = placed.job
+    plain = 9 if job.remat in RECOMPUTED else 6
+    if plain == 9 and slices(placed.stage.seq_len // placed.sizes["sp"], placed.rows, job.token_chunk) == 1:
+        plain = 12
+    plain += kind == OTHERWISE and n < LOOPED
     ringed = 3 * (n + 1) + n + (n + 1) if n >= LOOPED else (n + 1) + 2 * n + (n - 1)
     return plain * (n - 1) + ringed
 
@@ -92,16 +105,18 @@ class Stream:
     loss: float
 
 
-def stream(placed: Placed) -> Stream:
+def stream(placed: Placed, kind: str = "") -> Stream:
     """By a layer and by the loss, which gathers the stream twice and scatters a float32 sum; of a micro-batch."""
     job, n = placed.job, placed.sizes["tp"]
     piece = placed.tokens * job.model.hidden_size / n
-    return Stream(stream_parts(placed) * job.element_bytes * piece, (2 * job.element_bytes + FLOAT) * (n - 1) * piece)
+    return Stream(
+        stream_parts(placed, kind) * job.element_bytes * piece, (2 * job.element_bytes + FLOAT) * (n - 1) * piece
+    )
 
 
-def stream_bytes(placed: Placed) -> float:
-    """Sent over ``tp`` in a step."""
-    found = stream(placed)
+def stream_bytes(placed: Placed, kind: str = "") -> float:
+    """Sent over ``tp`` in a step by devices of this kind."""
+    found = stream(placed, kind)
     return placed.stage.accumulate * (placed.job.model.num_layers * found.layer + found.loss)
 
 
@@ -119,32 +134,44 @@ class Shared:
     loss_slices: int
 
 
-def shared(placed: Placed) -> Shared:
+def shared(placed: Placed, kind: str = "") -> Shared:
     """Of a micro-batch.
 
     A layer's are gathered forward and backward in the type that is computed with. Their float32 gradients are scattered
     as they are summed, after every slice of tokens. The head is gathered three times and scattered once in every slice
     of the loss.
+
+    Args:
+        kind: of device.
     """
     job, stage, tp, n = placed.job, placed.stage, placed.sizes["tp"], placed.sharing
     model, local = job.model, stage.seq_len // placed.sizes["sp"]
     elements = job.matrix_elements(tp)
     back = sum(size for name, size in elements.items() if name in BACK)
     out = sum(elements.values()) - back
+    head = part(model.vocabulary.size, tp) * model.hidden_size
     share = (n - 1) / n
-    whole = elements["down_proj"] if n >= RINGED.stop else 0  # a sum sends twice what scattering it does
+    gathered, scattered = 2 * (out + back) * job.element_bytes * share, FLOAT * (out + back) * share
+    heads = 3 * head * job.element_bytes * share, FLOAT * head * share
+    if n >= SUMMED:  # a sum sends twice what scattering it does, and what gathering it does
+        scattered, heads = 2 * scattered, (heads[0], 2 * heads[1])
+        if kind in GATHERED_BY_SUMS:
+            gathered, heads = 4 * FLOAT * (out + back) * share, (4 * head * job.element_bytes * share, heads[1])
+    elif n >= RINGED.stop and kind == OTHERWISE:
+        heads = heads[0] * 2 / 3, heads[1]
+    elif n >= RINGED.stop:
+        scattered += FLOAT * elements["down_proj"] * share
+    elif n in RINGED:
+        scattered += FLOAT * out * 2 / n
     return Shared(
-        gathered=2 * (out + back) * job.element_bytes * share,
-        scattered=FLOAT * ((back + whole) * share + out * ((n + 1) / n if n in RINGED else share)),
-        slices=slices(local, placed.rows, job.token_chunk),
-        head=part(model.vocabulary.size, tp) * model.hidden_size * (3 * job.element_bytes + FLOAT) * share,
-        loss_slices=slices(local, placed.rows, job.loss_chunk),
-    )
+        gathered, scattered, slices(local, placed.rows, job.token_chunk), sum(heads),
+        slices(local, placed.rows, job.loss_chunk),
+    )  # fmt: skip
 
 
-def parameters_bytes(placed: Placed) -> float:
-    """Sent over the axes that share parameters out in a step."""
-    one, layers = shared(placed), placed.job.model.num_layers
+def parameters_bytes(placed: Placed, kind: str = "") -> float:
+    """Sent over the axes that share parameters out in a step, by devices of this kind."""
+    one, layers = shared(placed, kind), placed.job.model.num_layers
     return placed.stage.accumulate * (layers * (one.gathered + one.slices * one.scattered) + one.loss_slices * one.head)
 
 
@@ -175,9 +202,9 @@ def transfers(
         seconds = times * cost.sent / link(placed, machine, "sp")
         found.append(Transfer("sp", "attention", times * cost.sent, seconds, times * cost.exposed))
     if sizes["tp"] > 1:
-        found.append(made("tp", "stream", stream_bytes(placed), matrices))
+        found.append(made("tp", "stream", stream_bytes(placed, device.name), matrices))
     if placed.sharing > 1:
-        found.append(made(named(True), "parameters", parameters_bytes(placed), matrices + attention))
+        found.append(made(named(True), "parameters", parameters_bytes(placed, device.name), matrices + attention))
     copies = placed.devices // sizes["tp"] // placed.sharing
     if copies > 1:
         sent = 2 * parameter_bytes(placed) * (copies - 1) / copies
