@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import time
@@ -114,7 +115,8 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
 def test_a_process_killed_at_random_ends_the_others_and_the_run_goes_on_bit_for_bit(
     everything: Any, tmp_path: Path, exact_rows: Rows
 ) -> None:
-    """The survivor names the lost rank within a minute; what is resumed ends as if nothing had happened."""
+    """The survivor names the lost rank within a minute; what is resumed ends as if nothing had happened, and in one
+    process of four devices with the same data and losses."""
     said = run(everything, 2, "run", "extend.toml", "--out", "whole", "--json")
     assert json.loads(said[0][0])["steps"] == STEPS, "nothing else may write to the command's output"
     assert not said[1][0] + said[1][1], "rank 0 alone speaks"
@@ -136,8 +138,13 @@ def test_a_process_killed_at_random_ends_the_others_and_the_run_goes_on_bit_for_
         assert f"rank {victim} has died" in told.splitlines()[-1], told
         assert "Traceback" not in told and "Check failure" not in told, told
     assert lines(metrics) < STEPS
+    alone = shutil.copytree(out, tmp_path / "alone")
     run(everything, 2, "resume", str(out))
-    assert exact_rows(out) == exact_rows(tmp_path / "whole")
+    whole = exact_rows(tmp_path / "whole")
+    assert exact_rows(out) == whole
+    run(everything, 1, "resume", str(alone))
+    assert [row["tokens"] for row in exact_rows(alone)] == [row["tokens"] for row in whole]
+    assert losses(exact_rows(alone)) == pytest.approx(losses(whole), rel=1e-4)
     model = "model/model.safetensors"
     assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
