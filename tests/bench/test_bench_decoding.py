@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_other_tokens_end_it() -> None:
     assert agreed(same) == [1, 2, 3]
     with pytest.raises(LwmError, match="torch wrote another token than jax, the 1th"):
         agreed({**same, "torch": {"tokens": [1, 5, 3]}})
+
+
+@pytest.mark.parametrize("side", ["jax", "torch"])
+def test_the_figures_that_are_kept_are_half_as_fast_again(side: str) -> None:
+    """The median over rounds of the ratio within one, in 21 of them."""
+    from decoding import RESULT
+
+    rounds = json.loads(RESULT.read_text())["rounds"]
+    assert len(rounds) == 21
+    assert statistics.median(one[side] / one["transformers"] for one in rounds) >= 1.5
 
 
 @pytest.mark.parametrize(

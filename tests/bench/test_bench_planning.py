@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,17 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     for plugin in ("lwm_jax_ring", "lwm_plan"):
         pytest.importorskip(plugin)
     monkeypatch.syspath_prepend(str(HERE))
+
+
+def test_the_figures_that_are_kept_are_within_30_percent() -> None:
+    """Of four lengths, each ratio worked out again from the times that were measured."""
+    from planning import RESULT
+
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["planned"] / statistics.median(row["measured"]))
+        assert 0.7 < row["ratio"] < 1.3
 
 
 def test_the_plan_takes_the_measured_rates() -> None:

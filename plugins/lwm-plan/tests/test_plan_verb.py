@@ -73,6 +73,20 @@ def test_a_stage_by_name_and_an_override(lwm: Run) -> None:
     assert lwm("lwm-text", "--stage", "2M")[0] == 2
 
 
+@pytest.mark.parametrize("recipe", ["lwm-text", "lwm-vision"])
+@pytest.mark.parametrize("machine", ["v4-512", "v4-1024", "v5p-512", "v6e-256", "h100x64", "h200x64"])
+def test_lwms_ten_stages_on_the_machines_of_today(lwm: Run, recipe: str, machine: str) -> None:
+    """Each is planned on its own mesh, and no slower on the best that was found; what does not fit has ways out."""
+    code, out, _ = lwm(recipe, "--hardware", machine, "--json")
+    stages = json.loads(out)["stages"]
+    assert len(stages) == 5 and code == (0 if all(one["fits"] for one in stages) else 1)
+    for one in stages:
+        if one["fits"]:
+            assert 0.1 < one["mfu"] < 0.75 and one["best"]["step_seconds"] <= one["step_seconds"] * (1 + 1e-12)
+        else:
+            assert one["problem"] and len(one["ways_out"]) == 3
+
+
 UNITS = {" GiB": "*2**30", " MiB": "*2**20", "·": "*", "−": "-"}
 
 
