@@ -27,8 +27,9 @@ DETAILS = """
 Pictures and video come first, then the document, then the questions, so that each is read once however much is asked.
 They are encoded by the run's [encoder]. A line /image FILE or /video FILE shows one more, before the next question.
 
-A line that is /quit, or Ctrl-D, ends the chat. /reset forgets all that came after the start, which is read
-again. Ctrl-C stops the answer, which stays as far as it came; a second one before the next question ends the chat.
+A line that is /quit, or Ctrl-D, ends the chat. /reset forgets all that came after the start, and reads the start again.
+Ctrl-C stops the answer, which stays as far as it came; a second one before the next question ends the chat, and so does
+one while a document, a picture or a video is read.
 
 The template lwm frames a question in the words that the needle task trains on, 'You are a helpful assistant. USER: ...
 ASSISTANT:'; with a document, that stands first after USER, and 'Don't give information outside the document ...' before
@@ -137,25 +138,34 @@ class Chat:
             if question == "/reset":
                 self._read(files, conversation.begin())
                 continue
-            if file := named(question):
-                self._show(*file, conversation)
+            if self._show(question, conversation):
                 continue
             answer = conversation.ask(question, sampling, self._args.stop, lambda: not self._ctrl_c.asked)
             sampling = replace(sampling, seed=sampling.seed + 1)
             self._tell(question, answer)
 
-    def _show(self, kind: str, path: Path, conversation: Conversation) -> None:
-        """Read a picture or a video between two questions. Where somebody types, a wrong file is told and no more."""
+    def _show(self, line: str, conversation: Conversation) -> bool:
+        """Read the picture or video that a line names; whether it names one.
+
+        Where somebody types, a wrong line or file is told and no more, and Ctrl-C while it is encoded leaves it out.
+        """
         from lwm_core.errors import LwmError
 
         try:
-            ids = self._shown.ids([self._shown.open(kind, path)], self._opened)
+            file = named(line)
+            if file is None:
+                return False
+            ids = self._shown.ids([self._shown.open(*file)], self._opened)
         except LwmError as error:
             if not self._typed:
                 raise
             say_aside(str(error))
-            return
-        self._read([path], conversation.show(ids))
+            return True
+        if self._ctrl_c.asked and self._typed:
+            say_aside(f"{file[1]}: left out")
+            return True
+        self._read([file[1]], conversation.show(ids))
+        return True
 
     def _read(self, files: Sequence[Path], parts: Iterator[tuple[int, int]]) -> None:
         """Read what is no question, if there is anything, and tell how far it is."""

@@ -37,10 +37,19 @@ def _video(text: str) -> tuple[str, Path]:
 
 
 def named(line: str) -> tuple[str, Path] | None:
-    """What a line ``/image FILE`` or ``/video FILE`` names; none where it is a question."""
-    word, _, rest = line.partition(" ")
-    kind, path = word.removeprefix("/"), rest.strip()
-    return (kind, Path(path)) if word.startswith("/") and kind in KINDS and path else None
+    """What a line ``/image FILE`` or ``/video FILE`` names; none where it is a question.
+
+    Raises:
+        UsageError: it names no file.
+    """
+    from lwm_core.errors import UsageError
+
+    word, *rest = line.split(None, 1)
+    if word not in (f"/{kind}" for kind in KINDS):
+        return None
+    if not rest:
+        raise UsageError(f"{word} names no file; write {word} FILE")
+    return word.removeprefix("/"), Path(rest[0].strip()).expanduser()
 
 
 class Shown:
@@ -76,11 +85,12 @@ class Shown:
 
         if self._media is None:
             self._media = make_media(self._args)
-        is_video = kind == "video"
-        clip = self._media.open(path, **({"frames": self._frames, "fps": self._args.fps} if is_video else {}))
-        if clip.still == is_video:
-            other = KINDS[not is_video]
-            raise UsageError(f"{path}: is a {'video' if other == 'video' else 'picture'}; name it with --{other}")
+        video = kind == "video"
+        clip = self._media.open(path, **({"frames": self._frames, "fps": self._args.fps} if video else {}))
+        if video and clip.still:
+            raise UsageError(f"{path}: is a picture; name it with --image, or /image between questions")
+        if not video and not clip.still:
+            raise UsageError(f"{path}: is a video; name it with --video, or /video between questions")
         return clip
 
     def ids(self, clips: Sequence[MediaClip], opened: Reopened) -> list[int]:

@@ -14,7 +14,8 @@ from lwm_core.protocols import Generator, SamplingSpec, Session, Tokenizer
 from lwm_core.run.streaming import stream_text
 
 PART = 16_384
-"""Tokens of a document that are read at a time: between two parts progress is told, and whoever reads may give up."""
+"""Tokens of a document or of what is shown that are read at a time: between two parts progress is told, and whoever
+reads may give up."""
 
 QUESTION = "{question}"
 
@@ -29,7 +30,7 @@ class Template:
         after: between a question and its answer.
         document: before a document or what is shown, and between a document and the first question.
         after_document: what ``after`` is where there is a document.
-        shown: between pictures or video and the question that they stand before.
+        shown: between pictures or video and the question that they stand before, but for a document's first.
     """
 
     system: str = ""

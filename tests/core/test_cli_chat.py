@@ -167,8 +167,12 @@ def test_what_is_shown_between_questions_begins_the_next_turn() -> None:
 
 
 def test_lines_that_name_a_file() -> None:
-    assert named("/image a b.png") == ("image", Path("a b.png")) and named("/video  c.mp4 ") == ("video", Path("c.mp4"))
-    assert not any(map(named, ("/image", "/imagea.png", "image a.png", "/picture a.png", "What is /image a.png?")))
+    assert named("/image a b.png") == ("image", Path("a b.png")) and named("/video\tc.mp4") == ("video", Path("c.mp4"))
+    assert named("/image ~/a.png") == ("image", Path.home() / "a.png")
+    assert not any(map(named, ("/imagea.png", "image a.png", "/picture a.png", "What is /image a.png?")))
+    for line in ("/image", "/video "):
+        with pytest.raises(UsageError, match=f"{line.strip()} names no file; write {line.strip()} FILE"):
+            named(line)
 
 
 def test_how_an_answer_ends_is_told() -> None:

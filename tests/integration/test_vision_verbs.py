@@ -267,8 +267,12 @@ def test_a_picture_is_shown_between_questions(
     encoded, read = (line for line in err.splitlines() if line.startswith("one.png: "))
     assert encoded.startswith("one.png: 1 frame encoded in ")
     assert read.startswith(f"one.png: {picture} tokens read in ")
-    code, out, err = chat(words, "/image gone.png\nWhat?\n", capsys, monkeypatch)
-    assert code == 1 and out == "" and "gone.png: there is no such file" in err.splitlines()[-1]
+    for line, ends, told in (("/image gone.png", 1, "gone.png: there is no such file"),
+                             (f"/image {clip}", 2, f"{clip}: is a video; name it with --video, or /video between"),
+                             ("/video one.png", 2, "one.png: is a picture; name it with --image, or /image between"),
+                             ("/video", 2, "/video names no file; write /video FILE")):  # fmt: skip
+        code, out, err = chat(words, f"{line}\nWhat?\n", capsys, monkeypatch)
+        assert code == ends and out == "" and told in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

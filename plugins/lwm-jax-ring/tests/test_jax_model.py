@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 from jax_cases import ALPHAS, ROPE, SEQ_LEN, permuted
 
 from lwm_core.batch import PackedBatch, TokenSequence, pack_rows
@@ -105,6 +106,25 @@ def test_packed_equals_apart(make_trainer: Callable[..., Any], config: ModelConf
     assert loss == pytest.approx(loss_apart, rel=1e-6)
     for name, expected in grads_apart.items():
         assert relative_l2(grads[name], expected) < 1e-5, name
+
+
+def test_the_head_is_cut_by_modalities_once_and_laid_out_as_it_was(
+    make_trainer: Callable[..., Any], batch: PackedBatch, config: ModelConfig
+) -> None:
+    """Cut in every slice of the loss, it would be summed over devices whole for each of them and each modality."""
+    trainer = make_trainer("1,2,2,2")
+    arrays = trainer.device_batch(permuted(trainer, batch), 1)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), arrays)
+    sums = jax.make_jaxpr(trainer.current.program.sums, static_argnums=2)
+    jaxpr = sums(trainer.parameters, one, ("text", "vision")).jaxpr
+    heads = {(ids.stop - ids.start, config.hidden_size) for ids in config.vocabulary.slices.values()}
+    laid_out = {
+        eqn.outvars[0].aval.shape: eqn.params["sharding"].spec
+        for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"
+    }  # fmt: skip
+    assert {shape: laid_out[shape] for shape in heads} == dict.fromkeys(heads, P("tp", ("fsdp", "sp")))
+    looped = {x.aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "scan" for x in eqn.invars}
+    assert heads <= looped and (config.vocabulary.size, config.hidden_size) not in looped
 
 
 def test_a_modality_that_is_absent_gives_zero(make_trainer: Callable[..., Any]) -> None:

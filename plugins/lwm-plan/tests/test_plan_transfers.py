@@ -32,11 +32,12 @@ def test_bytes_over_an_axis_are_within_5_percent_of_the_compilers(compiled: list
         assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.05)
 
 
-def test_a_rings_bytes_are_the_compilers_to_six_thousandths(compiled: list[dict[str, Any]]) -> None:
-    rows = [row for row in compiled if "sp" in row["axes"]]
-    assert len(rows) >= 15
+def test_a_rings_bytes_are_the_compilers_to_two_thousandths(compiled: list[dict[str, Any]]) -> None:
+    """Where parameters do not go over the same axis alone."""
+    rows = [row for row in compiled if "fsdp+sp" in row["axes"]]
+    assert len(rows) == 7
     for row in rows:
-        assert by_axes(planned(row).timing.transfers)["sp"] == pytest.approx(row["axes"]["sp"], rel=6e-3)
+        assert by_axes(planned(row).timing.transfers)["sp"] == pytest.approx(row["axes"]["sp"], rel=2e-3)
 
 
 def test_bytes_of_small_meshes_by_hand() -> None:

@@ -34,6 +34,7 @@ def test_it_keeps_held_out_photographs(shipped: VqganEncoder, held_out: NDArray[
     assert found.codes_used > 1000, found  # of the 3072 that twelve crops have
 
 
+@pytest.mark.slow
 def test_it_keeps_a_video_that_it_was_not_trained_on(shipped: VqganEncoder) -> None:
     """Every frame of the clip that ships, scaled as ``lwm encode`` does; near what the card has."""
     pytest.importorskip("av")

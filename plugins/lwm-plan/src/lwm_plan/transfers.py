@@ -24,14 +24,15 @@ LOOPED = 8
 """Ranks of ``tp`` from which on the compiler leaves a collective matmul a loop; below, it unrolls it and drops parts
 that need not be sent."""
 RINGED = range(8, 33)
-"""Devices among which the sums of gradients are made by collective matmuls. Among more they are scattered plainly, but
-for that of the feed-forward's last matrix, which is summed whole."""
+"""Devices among which the sums of gradients are made by collective matmuls. Among more, below :data:`SUMMED`, they are
+scattered plainly, but for that of the feed-forward's last matrix, which is summed whole."""
 
 SUMMED = 256
-"""Devices from which on the compiler sums gradients whole instead of scattering them: a device's part of a matrix is
-then 16 columns of 4,096. So compiled for 512 and for 256 devices with ``tp`` at 1; among 128 they were scattered."""
+"""Devices that share parameters out from which on the compiler sums gradients whole instead of scattering them: a
+device's part of a matrix is then 16 columns of 4,096 or fewer. Seen for 256 and 512; among 128 they were scattered."""
 GATHERED_BY_SUMS = ("v4", "v5p")
-"""Kinds for which it then gathers by sums, too: of float32, and of the head in the type that is computed with."""
+"""Kinds for which it then gathers by sums, too: a layer's in float32, and the head, twice a slice of the loss, in the
+type that is computed with."""
 OTHERWISE = "v6e"
 """The kind for which it scatters every gradient plainly between :data:`RINGED` and :data:`SUMMED`, gathers the head
 twice there, and the stream once more a layer where ``tp`` is below :data:`LOOPED`: seen in one step, at 32K on 256."""
@@ -85,14 +86,15 @@ def stream_parts(placed: Placed, kind: str = "") -> int:
     way back the gradients of both results. Scattered are sums: after attention, twice where it is recomputed, and the
     projections' of the way back. Collective matmuls are: what leaves the feed-forward, and on its way back what enters
     it by the gate and by the other matrix, and the gradient of what left it, for the product with the matrix and again
-    for the matrix' own gradient. A layer that is not cut into slices of tokens has three of the gathers once more.
+    for the matrix' own gradient. A layer that is recomputed whole, not in slices of tokens, has three of the gathers
+    once more.
     """
-    n = placed.sizes["tp"]
-    job = placed.job
-    plain = 9 if job.remat in RECOMPUTED else 6
-    if plain == 9 and slices(placed.stage.seq_len // placed.sizes["sp"], placed.rows, job.token_chunk) == 1:
-        plain = 12
-    plain += kind == OTHERWISE and n < LOOPED
+    job, n = placed.job, placed.sizes["tp"]
+    plain = 6
+    if job.remat in RECOMPUTED:
+        whole = slices(placed.stage.seq_len // placed.sizes["sp"], placed.rows, job.token_chunk) == 1
+        plain = 12 if whole else 9
+    plain += kind == OTHERWISE and n < LOOPED and RINGED.stop <= placed.sharing < SUMMED
     ringed = 3 * (n + 1) + n + (n + 1) if n >= LOOPED else (n + 1) + 2 * n + (n - 1)
     return plain * (n - 1) + ringed
 
@@ -139,7 +141,7 @@ def shared(placed: Placed, kind: str = "") -> Shared:
 
     A layer's are gathered forward and backward in the type that is computed with. Their float32 gradients are scattered
     as they are summed, after every slice of tokens. The head is gathered three times and scattered once in every slice
-    of the loss.
+    of the loss. So where few devices share; for more see :data:`RINGED`, :data:`SUMMED` and :data:`OTHERWISE`.
 
     Args:
         kind: of device.
@@ -153,10 +155,11 @@ def shared(placed: Placed, kind: str = "") -> Shared:
     share = (n - 1) / n
     gathered, scattered = 2 * (out + back) * job.element_bytes * share, FLOAT * (out + back) * share
     heads = 3 * head * job.element_bytes * share, FLOAT * head * share
-    if n >= SUMMED:  # a sum sends twice what scattering it does, and what gathering it does
+    if n >= SUMMED:  # a sum sends twice what scattering does, and twice what gathering does
         scattered, heads = 2 * scattered, (heads[0], 2 * heads[1])
         if kind in GATHERED_BY_SUMS:
-            gathered, heads = 4 * FLOAT * (out + back) * share, (4 * head * job.element_bytes * share, heads[1])
+            gathered = 2 * 2 * FLOAT * (out + back) * share
+            heads = 2 * 2 * head * job.element_bytes * share, heads[1]
     elif n >= RINGED.stop and kind == OTHERWISE:
         heads = heads[0] * 2 / 3, heads[1]
     elif n >= RINGED.stop:

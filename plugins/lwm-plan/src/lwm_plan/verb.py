@@ -38,8 +38,8 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--to", type=_length, metavar="N", help="a folder: tokens that its context is to reach: 1M, 128K"
     )
-    parser.add_argument("--tokens", type=int, metavar="N", help="a folder: tokens to train on (1e9)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="a folder: tokens a step (4M, or a row)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="a folder: tokens to train on (1000000000)")
+    parser.add_argument("--batch-tokens", type=_length, metavar="N", help="a folder: tokens a step (4M, or a row)")
     add_overrides(parser)
     parser.add_argument("--explain", action="store_true", help="print every formula with its numbers")
     parser.add_argument("--json", action="store_true", help="print {source, hardware, devices, stages} as JSON")
@@ -48,7 +48,7 @@ def add_plan(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _length(text: str) -> int:
-    """Tokens of a context, as stages are named: ``1M`` is 1,048,576."""
+    """Tokens, as stages are named: ``1M`` is 1,048,576."""
     units = {"K": 1 << 10, "M": 1 << 20}
     unit = units.get(text[-1:].upper())
     digits = text if unit is None else text[:-1]

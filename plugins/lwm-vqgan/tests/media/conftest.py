@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lwm_core import registry
+from lwm_core.shards import open_shards
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[3]
@@ -103,6 +104,11 @@ class Command:
         return subprocess.run(
             self.arguments(*words), cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=600, check=False
         )
+
+    def committed(self, out: str) -> int:
+        """Frames of a folder of codes that are safe from a kill."""
+        folder = self.cwd / out
+        return len(open_shards(folder, incomplete=True)) if (folder / "manifest.json").exists() else 0
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start, for tests that end it."""

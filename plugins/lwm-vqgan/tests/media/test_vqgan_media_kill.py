@@ -28,11 +28,6 @@ def folder(tmp_path: Path, video: Any, frames_of: Any) -> Path:
     return folder
 
 
-def rows(out: Path) -> int:
-    """Rows that are committed."""
-    return len(open_shards(out, incomplete=True)) if (out / "manifest.json").exists() else 0
-
-
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
     """Whether the condition came true before the process ended."""
     while process.poll() is None:
@@ -42,14 +37,14 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) ->
     return False
 
 
-def kill_until_done(lwm: Any, folder: Path, out: Path, seed: int, most: int) -> int:
+def kill_until_done(lwm: Any, folder: Path, out: str, seed: int, most: int) -> int:
     """Start, kill −9 at a random moment, start again, ... until a process ends by itself; returns how many kills."""
     chance = random.Random(seed)
     kills = 0
     while True:
         process = lwm.start("encode", folder, out, *WORDS)
-        due = rows(out) + chance.randrange(0, 40)
-        if kills < most and wait_until(process, lambda due=due: rows(out) >= due):  # type: ignore[misc]
+        due = lwm.committed(out) + chance.randrange(0, 40)
+        if kills < most and wait_until(process, lambda due=due: lwm.committed(out) >= due):  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.05))
             process.kill()
             kills += 1
@@ -63,7 +58,7 @@ def kill_until_done(lwm: Any, folder: Path, out: Path, seed: int, most: int) -> 
 def check_kills(lwm: Any, folder: Path, files_in: Any, seed: int, most: int, least: int) -> None:
     done = lwm("encode", folder, "whole", *WORDS)
     assert done.returncode == 0, done.stderr
-    assert kill_until_done(lwm, folder, lwm.cwd / "killed", seed, most) >= least
+    assert kill_until_done(lwm, folder, "killed", seed, most) >= least
     assert files_in(lwm.cwd / "killed") == files_in(lwm.cwd / "whole")
     shards = open_shards(lwm.cwd / "killed", verify=True)
     assert [(video.name, video.frames) for video in shards.videos] == [("a.mp4", 90), ("b.mkv", 1), ("c.ts", 70)]
@@ -95,7 +90,7 @@ def test_signals_commit_and_say_how_to_go_on(
         _, errors = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in errors
         assert errors.splitlines()[-1] == "stopped; the same command goes on from here"
-        assert 0 < rows(out) < 60
+        assert 0 < lwm.committed(out) < 60
         assert lwm("encode", path, out, *words).returncode == 0
         assert files_in(out) == files_in(tmp_path / "whole")
 

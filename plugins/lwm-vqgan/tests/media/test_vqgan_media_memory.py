@@ -66,20 +66,15 @@ def test_an_hour_takes_the_memory_of_five_minutes(tmp_path: Path, video: Any, lw
     check_flat(found["minutes"][4:], found["frames"] / found["seconds"])
 
 
-def committed(out: Path) -> int:
-    """Frames that are safe from a kill."""
-    return len(open_shards(out, incomplete=True)) if (out / "manifest.json").exists() else 0
-
-
 @pytest.mark.long
 def test_an_hour_by_the_shipped_vqgan_goes_on_after_a_kill(tmp_path: Path, video: Any, lwm: Any, files_in: Any) -> None:
     """A frame a second of an hour, by the command; then once more, killed with half of it done and started again."""
     path = video(tmp_path / "hour.mp4", moving(3600 * RATE), rate=RATE, gop=10**6, preset="ultrafast")
-    words = ("encode", path, "--fps", "1", "--quiet", "--shard-frames", "512")
+    words = ("encode", path, "--fps", "1", "--quiet", "--shard-frames", "128")
     began, process = time.perf_counter(), lwm.start(*words, "whole")
     most: dict[int, int] = {}  # by minutes of the video that are safe, the most memory until more of them were
     while process.poll() is None:
-        minute = committed(tmp_path / "whole") // 60
+        minute = lwm.committed("whole") // 60
         pages = Path(STATM.format(process.pid)).read_text().split()
         most[minute] = max(most.get(minute, 0), int(pages[1]) * PAGE if len(pages) > 1 else 0)
         time.sleep(0.05)
@@ -90,7 +85,7 @@ def test_an_hour_by_the_shipped_vqgan_goes_on_after_a_kill(tmp_path: Path, video
     check_flat(from_five, 3600 / seconds)
 
     process = lwm.start(*words, "killed")
-    while committed(tmp_path / "killed") < 1800:
+    while lwm.committed("killed") < 1800:
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
