@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,6 +17,9 @@ IDLE, INTERVAL, PROBES = 10, 5, 4
 
 PATIENCE = 5.0
 """Seconds that a new connection may take."""
+
+TRIES, BETWEEN = 20, 0.1
+"""How often, and after how many seconds, process 0 must take a new connection to count as alive."""
 
 
 class Relay:
@@ -71,14 +75,21 @@ class Relay:
             return
         self._side(_pour, near, far)
         _pour(far, near, closing=False)  # ends when process 0 has closed its end, or this process its own
-        if self._watching:
-            again = self._connect()
-            if again is None:
-                self._lost()
-                return
-            again.close()
+        if self._watching and self._gone():
+            self._lost()
+            return
         near.close()
         far.close()
+
+    def _gone(self) -> bool:
+        """Whether process 0 takes no connection any more. One that was killed may take some until all of it is gone."""
+        for _ in range(TRIES):
+            again = self._connect()
+            if again is None:
+                return True
+            again.close()
+            time.sleep(BETWEEN)
+        return False
 
 
 def _pour(source: socket.socket, sink: socket.socket, closing: bool = True) -> None:
