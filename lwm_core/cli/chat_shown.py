@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lwm_core.cli.sampling import say_aside
+from lwm_core.cli.sampling import check_options, say_aside
 
 if TYPE_CHECKING:
     from lwm_core.protocols import Media, MediaClip, VisionEncoder
@@ -19,21 +20,16 @@ KINDS = ("image", "video")
 
 def add_shown(parser: argparse.ArgumentParser) -> None:
     """``--image``, ``--video``, and how many frames of a video are taken."""
-    parser.add_argument("--image", dest="shown", action="append", default=[], type=_image, metavar="FILE",
-                        help="show this picture first; repeatable")  # fmt: skip
-    parser.add_argument("--video", dest="shown", action="append", type=_video, metavar="FILE",
-                        help="show frames of this video first; repeatable")  # fmt: skip
+    for kind, what in (("image", "this picture"), ("video", "frames of this video")):
+        parser.add_argument(f"--{kind}", dest="shown", action="append", default=[], type=partial(_of_kind, kind),
+                            metavar="FILE", help=f"show {what} first; repeatable")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--frames", type=int, metavar="N", help=f"at most N frames a video, evenly spaced ({FRAMES})")
     which.add_argument("--fps", type=float, metavar="N", help="N frames a second of it instead")
 
 
-def _image(text: str) -> tuple[str, Path]:
-    return "image", Path(text)
-
-
-def _video(text: str) -> tuple[str, Path]:
-    return "video", Path(text)
+def _of_kind(kind: str, text: str) -> tuple[str, Path]:
+    return kind, Path(text)
 
 
 def named(line: str) -> tuple[str, Path] | None:
@@ -63,8 +59,6 @@ class Shown:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from lwm_core.cli.sampling import check_options
-
         rows = [("frames", args.frames is None or args.frames > 0, "at least 1"),
                 ("fps", args.fps is None or 0 < args.fps < float("inf"), "a number above 0")]  # fmt: skip
         check_options(args, rows)
@@ -104,13 +98,13 @@ class Shown:
         from lwm_core.cli.pictures import encoded, make_encoder
         from lwm_core.run.vision import vision_block
 
-        if self._encoder is None and clips:
-            self._encoder = make_encoder(opened)
+        if not clips:
+            return []
+        self._encoder = encoder = self._encoder or make_encoder(opened)
         pipeline, ids = opened.pipeline, list[int]()
         for clip in clips:
-            assert self._encoder is not None
             began = time.perf_counter()
-            codes = encoded(clip, self._encoder)
+            codes = encoded(clip, encoder)
             seconds = max(time.perf_counter() - began, 1e-9)
             ids += vision_block(codes, pipeline.model.vocabulary, pipeline.tokenizer)
             if not self._args.json:
