@@ -330,11 +330,11 @@ class AttentionSuite(Suite):
         assert_close(results["out"][sure], expected["out"][sure], fine, "out of dominated queries")
         for name in ("out", "lse", "dv"):
             assert_close(results[name], expected[name], coarse, name)
-        # Of dq and dk next to nothing is left of terms |k||dout·v| and |q||dout·v|: they are held to the terms' size.
+        # Next to nothing is left of dq's terms |k||dout·v| and dk's |q||dout·v|: each is held to the size of its terms.
         values = np.repeat(arrays.v, HEADS // arrays.v.shape[2], axis=2)
-        terms = float(np.abs(arrays.k).max()) * _norm(np.sum(arrays.dout * values, axis=-1))
-        for name in ("dq", "dk"):
-            error = _norm(results[name].astype(np.float64) - expected[name])
+        gains = _norm(np.sum(arrays.dout * values, axis=-1))
+        for name, factor in (("dq", arrays.k), ("dk", arrays.q)):
+            error, terms = _norm(results[name] - expected[name]), float(np.abs(factor).max()) * gains
             assert error <= coarse * terms, f"{name}: error {error:.3g} is over {coarse:.3g} of its terms' {terms:.3g}"
 
     @_over("world layout", cases.narrow)
